@@ -1,0 +1,79 @@
+/** One volume as a daemon runs it: the volume, its relocation if it has a source, and the two faces it is served under. */
+
+import type { BlockDevice } from '../nbd/device.js';
+
+export type Phase = 'plain' | 'standby' | 'relocating' | 'sealed' | 'retired';
+
+/** `status --json` of a volume: stable for scripts (design, section 8). Sizes in bytes, times ISO 8601. */
+export interface VolumeStatus {
+  name: string;
+  id: string;
+  phase: Phase;
+  generation: number;
+  size: number;
+  presentBytes: number;
+  source: { uri: string; state: 'connecting' | 'connected' | 'lost' | 'mismatch'; error?: string } | null;
+  uri: string[];
+  background: {
+    state: 'running' | 'paused' | 'waiting' | 'done' | 'off';
+    order: 'linear';
+    rateBytesPerSecond: number;
+    rateLimitBytesPerSecond: number | null;
+    etaSeconds: number | null;
+  };
+  demand: { reads: number; p50Ms: number; p99Ms: number };
+  traffic: {
+    fromSourceBytes: number;
+    demandBytes: number;
+    backgroundBytes: number;
+    wireBytes: number;
+    zeroBytes: number;
+  };
+  clients: number;
+  handoffAt: string | null;
+  error: string | null;
+}
+
+/** Proof that no takeover of `generation` stands: the destination's own answer to `retreat` or to its cancellation. */
+export interface RetreatProof {
+  volumeId: string;
+  generation: number;
+}
+
+export interface VolumeService {
+  readonly name: string;
+  readonly id: string;
+  readonly size: number;
+  readonly image: string;
+  /** What the machine's disk attaches to: writes as the phase allows. */
+  readonly guest: BlockDevice;
+  /** What another host's link reads: always read-only, also answers while sealed. */
+  readonly link: BlockDevice;
+  /** Told to NBD clients that ask for a description, and checked again by a link that reconnects. */
+  readonly linkDescription: string;
+  status(): VolumeStatus;
+
+  /** Source side. Refuses writes from now on, waits for those under way, makes all durable. Idempotent per generation. */
+  seal(generation: number): Promise<void>;
+  unseal(proof: RetreatProof): Promise<void>;
+  /** Sealed -> retired: never served again. The image stays, or is deleted. */
+  retire(options: { deleteImage: boolean }): Promise<void>;
+
+  /** Destination side: standby -> relocating as `generation` (default: the next one). Idempotent per generation. */
+  takeover(generation?: number): Promise<{ generation: number }>;
+  /** Relocating -> standby, only before the guest's first write. The generation is burnt. */
+  retreat(): Promise<RetreatProof>;
+  /** Standby -> gone: maps, identity and the image it created. */
+  cancel(): Promise<RetreatProof>;
+
+  pause(): void;
+  resume(): void;
+  /** Background bytes per second, null for no limit. */
+  setRate(bytesPerSecond: number | null): void;
+  /** Fetches a range ahead of need; resolves when it is local. */
+  prefetch(offset: number, length: number): Promise<void>;
+  /** Resolves when the last block is local and the volume is plain. */
+  handedOff(): Promise<void>;
+  /** Makes everything durable and lets go of image, maps and link. */
+  close(): Promise<void>;
+}

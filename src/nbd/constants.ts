@@ -1,0 +1,136 @@
+/**
+ * Numbers of the NBD protocol. Source: NetworkBlockDevice/nbd, doc/proto.md.
+ * All integers on the wire are big-endian.
+ */
+
+// Handshake
+export const NBD_MAGIC = 0x4e42444d41474943n; // "NBDMAGIC"
+export const OPTION_MAGIC = 0x49484156454f5054n; // "IHAVEOPT"
+export const OPTION_REPLY_MAGIC = 0x0003e889045565a9n;
+export const DEFAULT_PORT = 10809;
+
+/** Handshake flags, 16 bits from the server; the client answers with the same bits in 32. */
+export const HandshakeFlag = { FIXED_NEWSTYLE: 1, NO_ZEROES: 2 } as const;
+
+export const Option = {
+  EXPORT_NAME: 1,
+  ABORT: 2,
+  LIST: 3,
+  STARTTLS: 5,
+  INFO: 6,
+  GO: 7,
+  STRUCTURED_REPLY: 8,
+  LIST_META_CONTEXT: 9,
+  SET_META_CONTEXT: 10,
+  EXTENDED_HEADERS: 11,
+} as const;
+
+export const OptionReply = {
+  ACK: 1,
+  SERVER: 2,
+  INFO: 3,
+  META_CONTEXT: 4,
+  ERR_UNSUP: 0x80000001,
+  ERR_POLICY: 0x80000002,
+  ERR_INVALID: 0x80000003,
+  ERR_PLATFORM: 0x80000004,
+  ERR_TLS_REQD: 0x80000005,
+  ERR_UNKNOWN: 0x80000006,
+  ERR_SHUTDOWN: 0x80000007,
+  ERR_BLOCK_SIZE_REQD: 0x80000008,
+  ERR_TOO_BIG: 0x80000009,
+  ERR_EXT_HEADER_REQD: 0x8000000a,
+} as const;
+
+export const Info = { EXPORT: 0, NAME: 1, DESCRIPTION: 2, BLOCK_SIZE: 3 } as const;
+
+/** Transmission flags, 16 bits. */
+export const TransmissionFlag = {
+  HAS_FLAGS: 1 << 0,
+  READ_ONLY: 1 << 1,
+  SEND_FLUSH: 1 << 2,
+  SEND_FUA: 1 << 3,
+  ROTATIONAL: 1 << 4,
+  SEND_TRIM: 1 << 5,
+  SEND_WRITE_ZEROES: 1 << 6,
+  SEND_DF: 1 << 7,
+  CAN_MULTI_CONN: 1 << 8,
+  SEND_RESIZE: 1 << 9,
+  SEND_CACHE: 1 << 10,
+  SEND_FAST_ZERO: 1 << 11,
+} as const;
+
+// Transmission
+export const REQUEST_MAGIC = 0x25609513;
+export const SIMPLE_REPLY_MAGIC = 0x67446698;
+export const STRUCTURED_REPLY_MAGIC = 0x668e33ef;
+export const REQUEST_HEADER_BYTES = 28;
+export const SIMPLE_REPLY_HEADER_BYTES = 16;
+export const STRUCTURED_REPLY_HEADER_BYTES = 20;
+
+export const Command = {
+  READ: 0,
+  WRITE: 1,
+  DISC: 2,
+  FLUSH: 3,
+  TRIM: 4,
+  CACHE: 5,
+  WRITE_ZEROES: 6,
+  BLOCK_STATUS: 7,
+} as const;
+
+export const CommandFlag = {
+  FUA: 1 << 0,
+  NO_HOLE: 1 << 1,
+  DF: 1 << 2,
+  REQ_ONE: 1 << 3,
+  FAST_ZERO: 1 << 4,
+} as const;
+
+export const ChunkFlag = { DONE: 1 } as const;
+
+export const ChunkType = {
+  NONE: 0,
+  OFFSET_DATA: 1,
+  OFFSET_HOLE: 2,
+  BLOCK_STATUS: 5,
+  ERROR: 0x8001,
+  ERROR_OFFSET: 0x8002,
+} as const;
+
+/** Error values allowed on the wire; 0 is success. */
+export const Errno = {
+  OK: 0,
+  EPERM: 1,
+  EIO: 5,
+  ENOMEM: 12,
+  EINVAL: 22,
+  ENOSPC: 28,
+  EOVERFLOW: 75,
+  ENOTSUP: 95,
+  ESHUTDOWN: 108,
+} as const;
+
+/** Status bits of `base:allocation`. */
+export const Allocation = { HOLE: 1, ZERO: 2 } as const;
+export const BASE_ALLOCATION = 'base:allocation';
+/** Source: QEMU, docs/interop/nbd.txt. The status is the depth in a chain: 0 unallocated, 1 here, 2 in the layer behind. */
+export const ALLOCATION_DEPTH = 'qemu:allocation-depth';
+
+// Limits of ours
+/** Longest string the protocol allows, bytes. */
+export const STRING_BYTES_MAX = 4096;
+/** Largest payload of one request we accept and offer, bytes. */
+export const PAYLOAD_BYTES_MAX = 64 << 20;
+/** Payload every server must accept unless it says otherwise, bytes. */
+export const PAYLOAD_BYTES_DEFAULT = 32 << 20;
+/** Largest data of one option we read, bytes. */
+export const OPTION_BYTES_MAX = 64 << 10;
+/** Options one client may send before it is cut off (plus OPTIONS_PER_LISTED_NAME for each export listed to it). */
+export const OPTIONS_MAX = 32;
+export const OPTIONS_PER_LISTED_NAME = 32;
+export const HANDSHAKE_TIMEOUT_MS = 10_000;
+export const CONNECTIONS_MAX = 1024;
+/** Requests and payload bytes one session may have in flight before we stop reading from it. */
+export const IN_FLIGHT_REQUESTS_MAX = 1024;
+export const IN_FLIGHT_BYTES_MAX = 128 << 20;

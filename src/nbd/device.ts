@@ -1,0 +1,62 @@
+/**
+ * What a session serves. nbd defines it; a volume is one.
+ *
+ * Reads and writes come in two steps, so that the usual case allocates nothing: the session first asks for it *now*
+ * (`readNow`, `writeNow`: one synchronous step, straight into or out of the session's slab). Only when the device answers
+ * LATER does the session give the request a buffer of its own and hand it over (`read`, `write`); the device then calls
+ * `complete` exactly once, from any later turn of the loop or before it returns.
+ */
+
+/** Answer of a `...Now` call: it cannot be done without waiting. Every other answer is an NBD errno, 0 for success. */
+export const LATER = -1;
+
+export interface IoRequest {
+  /** Bytes from the start of the device. Bounds were checked by the session: offset + length <= size. */
+  readonly offset: number;
+  /** Bytes, >= 1 (FLUSH: 0). */
+  readonly length: number;
+  /** Command flags (CommandFlag). */
+  readonly flags: number;
+  /** READ: filled from `at` on; WRITE: the payload from `at` on. It belongs to the request until `complete`. */
+  readonly buffer: Buffer;
+  readonly at: number;
+  /** The session is gone: nobody waits for the answer. `complete` must be called all the same. */
+  readonly abandoned: boolean;
+  /** Answers with an NBD errno, 0 for success. Exactly once. */
+  complete(errno: number): void;
+}
+
+export interface StatusRequest extends IoRequest {
+  /** Name of one of the device's contexts. Asked once per selected context. */
+  readonly context: string;
+  /** Most extents that are wanted, >= 1. */
+  readonly extentsMax: number;
+  /** Adds an extent; they follow one another from `offset` on, lengths >= 1. Equal neighbours are merged by the session. */
+  extent(length: number, status: number): void;
+}
+
+export interface BlockDevice {
+  /** Bytes. */
+  readonly size: number;
+  /** Served with READ_ONLY set; the session itself refuses writes then. */
+  readonly readOnly: boolean;
+  /** FLUSH and FUA on one connection cover completed writes of all (MULTI_CONN). */
+  readonly multiConn: boolean;
+  /** Preferred request size in bytes, a power of two >= 512. */
+  readonly preferredBlock: number;
+  /** Metadata contexts it can report, e.g. `base:allocation`. */
+  readonly contexts: readonly string[];
+
+  readNow(offset: number, length: number, buffer: Buffer, at: number): number;
+  /** Never asked with FUA: those go to `write`. */
+  writeNow(offset: number, length: number, buffer: Buffer, at: number): number;
+  read(request: IoRequest): void;
+  write(request: IoRequest): void;
+  flush(request: IoRequest): void;
+  trim(request: IoRequest): void;
+  zero(request: IoRequest): void;
+  cache(request: IoRequest): void;
+  status(request: StatusRequest): void;
+  /** The session is over: its requests are abandoned. Called once per session. */
+  release(): void;
+}
