@@ -1,11 +1,24 @@
 {
+  "variables": {
+    # BLOCKFERRY_SANITIZE=1 builds with ASan and UBSan; run node with LD_PRELOAD="$(g++ -print-file-name=libasan.so)" then.
+    "sanitize%": "<!(echo ${BLOCKFERRY_SANITIZE:-0})",
+  },
   "targets": [
     {
       "target_name": "blockferry",
-      "sources": ["src/binding.cc"],
-      "cflags_cc": ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
+      "sources": ["src/binding.cc", "src/bitmap.cc", "src/system.cc"],
+      "cflags_cc": ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-fvisibility=hidden"],
       "cflags_cc!": ["-std=gnu++17", "-std=gnu++20"],
-      "defines": ["NAPI_VERSION=8", "_FILE_OFFSET_BITS=64"]
+      "defines": ["NAPI_VERSION=8", "_FILE_OFFSET_BITS=64"],
+      "conditions": [
+        [
+          "sanitize==1",
+          {
+            "cflags_cc": ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+            "ldflags": ["-fsanitize=address,undefined"],
+          },
+        ],
+      ],
     }
   ]
 }

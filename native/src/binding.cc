@@ -1,2 +1,315 @@
+// The border to JavaScript. src/native/index.ts documents what each function takes and answers; here arguments become plain
+// values, and results numbers: a count or offset >= 0, or -errno. Only wrong arguments throw.
+//
+// There is no state besides two kinds of handles: a Job lives from its call to its answer, a Mapping as long as its
+// ArrayBuffer. The addon can be loaded by any number of worker threads.
+
 #include <node_api.h>
-NAPI_MODULE_INIT() { return exports; }
+
+#include <cerrno>
+
+#include "args.h"
+#include "bitmap.h"
+#include "system.h"
+
+namespace blockferry {
+namespace {
+
+napi_value number(napi_env env, int64_t value) {
+  napi_value result = nullptr;
+  napi_create_int64(env, value, &result);
+  return result;
+}
+
+// For what N-API itself refuses (out of memory, environment going down).
+napi_value failed(napi_env env, const char* what) {
+  bool pending = false;
+  napi_is_exception_pending(env, &pending);
+  if (!pending) napi_throw_error(env, "ERR_NAPI", what);
+  return nullptr;
+}
+
+// ---- Reads and writes on the calling thread
+
+napi_value Pread(napi_env env, napi_callback_info info) {
+  Args<6> args(env, info);
+  const int fd = args.fd(0);
+  const Bytes to = args.span(1);
+  const uint64_t offset = args.whole(4, "offset");
+  const bool nowait = args.flag(5, "nowait");
+  if (!args.ok) return nullptr;
+  return number(env, readSome(fd, to.data, to.length, offset, nowait));
+}
+
+napi_value Pwrite(napi_env env, napi_callback_info info) {
+  Args<5> args(env, info);
+  const int fd = args.fd(0);
+  const Bytes from = args.span(1);
+  const uint64_t offset = args.whole(4, "offset");
+  if (!args.ok) return nullptr;
+  return number(env, writeAll(fd, from.data, from.length, offset));
+}
+
+// ---- Shared mappings
+
+// Two own it: the memory's finalizer (the ArrayBuffer's storage is gone) and the wrapped ArrayBuffer object, by which
+// `unmap` finds it. Both run on the thread of their environment.
+struct Mapping {
+  void* address;  // nullptr once unmapped
+  size_t length;
+  int owners;
+};
+
+// 2 GiB: the presence map of a 64 TiB volume.
+constexpr uint64_t kMapBytesMax = uint64_t{1} << 31;
+constexpr napi_type_tag kMappingTag = {0x626c6f636b666572, 0x72792d6d61707069};
+
+void release(Mapping* mapping) {
+  if (--mapping->owners == 0) delete mapping;
+}
+
+void unmapNow(Mapping* mapping) {
+  if (mapping->address != nullptr) unmap(mapping->address, mapping->length);
+  mapping->address = nullptr;
+}
+
+void storageGone(napi_env, void*, void* hint) {
+  unmapNow(static_cast<Mapping*>(hint));
+  release(static_cast<Mapping*>(hint));
+}
+
+void wrapperGone(napi_env, void* data, void*) { release(static_cast<Mapping*>(data)); }
+
+bool isMapping(napi_env env, napi_value arrayBuffer) {
+  bool tagged = false;
+  return napi_check_object_type_tag(env, arrayBuffer, &kMappingTag, &tagged) == napi_ok && tagged;
+}
+
+napi_value MapShared(napi_env env, napi_callback_info info) {
+  Args<2> args(env, info);
+  const int fd = args.fd(0);
+  const uint64_t length = args.whole(1, "length", kMapBytesMax);
+  if (!args.ok) return nullptr;
+  void* address = nullptr;
+  if (const int64_t result = mapShared(fd, length, &address); result < 0) return number(env, result);
+  auto* mapping = new Mapping{address, length, 1};
+  napi_value arrayBuffer;
+  // If it fails, Node may have called the finalizer already: leave the mapping to it.
+  if (napi_create_external_arraybuffer(env, address, length, storageGone, mapping, &arrayBuffer) != napi_ok) {
+    return failed(env, "no external ArrayBuffer");
+  }
+  if (napi_wrap(env, arrayBuffer, mapping, wrapperGone, nullptr, nullptr) != napi_ok) return failed(env, "no wrap");
+  mapping->owners++;
+  napi_value view;
+  if (napi_type_tag_object(env, arrayBuffer, &kMappingTag) != napi_ok ||
+      napi_create_typedarray(env, napi_uint8_array, length, arrayBuffer, 0, &view) != napi_ok) {
+    return failed(env, "no Uint8Array");
+  }
+  return view;
+}
+
+napi_value Unmap(napi_env env, napi_callback_info info) {
+  Args<1> args(env, info);
+  napi_value arrayBuffer = nullptr;
+  args.bytes(0, "view", &arrayBuffer);
+  if (!args.ok) return nullptr;
+  void* data = nullptr;
+  if (!isMapping(env, arrayBuffer) || napi_unwrap(env, arrayBuffer, &data) != napi_ok) {
+    napi_throw_type_error(env, "ERR_INVALID_ARG_VALUE", "view is not of mapShared");
+    return nullptr;
+  }
+  bool detached = false;
+  napi_is_detached_arraybuffer(env, arrayBuffer, &detached);
+  // Detached by us: done. By ArrayBuffer.transfer(): the memory is somebody else's now, and goes with it.
+  if (detached) return nullptr;
+  if (napi_detach_arraybuffer(env, arrayBuffer) != napi_ok) return failed(env, "the ArrayBuffer cannot be detached");
+  unmapNow(static_cast<Mapping*>(data));
+  return nullptr;
+}
+
+// ---- What takes its time: on libuv's pool, answered by a promise
+
+enum class Task { kRead, kWrite, kPunchHole, kZeroRange, kAllocate, kSyncData };
+
+struct Job {
+  Task task;
+  int fd;
+  uint64_t offset = 0;
+  uint64_t length = 0;
+  uint8_t* data = nullptr;
+  bool keepHole = false;
+  int64_t result = -ECANCELED;
+  napi_async_work work = nullptr;
+  napi_deferred deferred = nullptr;
+  napi_ref buffer = nullptr;  // keeps the memory under a read or write
+};
+
+int64_t run(const Job& job) {
+  switch (job.task) {
+    case Task::kRead: return readAll(job.fd, job.data, job.length, job.offset);
+    case Task::kWrite: return writeAll(job.fd, job.data, job.length, job.offset);
+    case Task::kPunchHole: return punchHole(job.fd, job.offset, job.length);
+    case Task::kZeroRange: return zeroRange(job.fd, job.offset, job.length, job.keepHole);
+    case Task::kAllocate: return allocate(job.fd, job.offset, job.length);
+    case Task::kSyncData: return syncData(job.fd);
+  }
+  return -ENOSYS;
+}
+
+void execute(napi_env, void* data) {
+  auto* job = static_cast<Job*>(data);
+  job->result = run(*job);
+}
+
+void discard(napi_env env, Job* job) {
+  if (job->buffer != nullptr) napi_delete_reference(env, job->buffer);
+  if (job->work != nullptr) napi_delete_async_work(env, job->work);
+  delete job;
+}
+
+void complete(napi_env env, napi_status, void* data) {
+  auto* job = static_cast<Job*>(data);
+  // Fails only when the environment is going down, and then nobody waits.
+  napi_resolve_deferred(env, job->deferred, number(env, job->result));
+  discard(env, job);
+}
+
+napi_value start(napi_env env, const Job& wanted, napi_value buffer = nullptr) {
+  auto* job = new Job(wanted);
+  napi_value name;
+  napi_value promise;
+  if ((buffer != nullptr && napi_create_reference(env, buffer, 1, &job->buffer) != napi_ok) ||
+      napi_create_string_latin1(env, "blockferry", NAPI_AUTO_LENGTH, &name) != napi_ok ||
+      napi_create_async_work(env, nullptr, name, execute, complete, job, &job->work) != napi_ok ||
+      napi_create_promise(env, &job->deferred, &promise) != napi_ok ||
+      napi_queue_async_work(env, job->work) != napi_ok) {
+    discard(env, job);
+    return failed(env, "no asynchronous work");
+  }
+  return promise;
+}
+
+napi_value transfer(napi_env env, napi_callback_info info, Task task) {
+  Args<5> args(env, info);
+  Job job = {.task = task, .fd = args.fd(0)};
+  napi_value arrayBuffer = nullptr;
+  const Bytes bytes = args.span(1, &arrayBuffer);
+  job.offset = args.whole(4, "offset");
+  if (!args.ok) return nullptr;
+  // `unmap` would take the memory away under the pool's thread.
+  if (isMapping(env, arrayBuffer)) {
+    napi_throw_type_error(env, "ERR_INVALID_ARG_VALUE", "buffer must not be of mapShared");
+    return nullptr;
+  }
+  job.data = bytes.data;
+  job.length = bytes.length;
+  return start(env, job, args[1]);
+}
+
+napi_value overRange(napi_env env, napi_callback_info info, Task task) {
+  Args<4> args(env, info);
+  Job job = {.task = task, .fd = args.fd(0)};
+  job.offset = args.whole(1, "offset");
+  job.length = args.whole(2, "length");
+  if (task == Task::kZeroRange) job.keepHole = args.flag(3, "keepHole");
+  return args.ok ? start(env, job) : nullptr;
+}
+
+napi_value ReadAsync(napi_env env, napi_callback_info info) { return transfer(env, info, Task::kRead); }
+napi_value WriteAsync(napi_env env, napi_callback_info info) { return transfer(env, info, Task::kWrite); }
+napi_value PunchHole(napi_env env, napi_callback_info info) { return overRange(env, info, Task::kPunchHole); }
+napi_value ZeroRange(napi_env env, napi_callback_info info) { return overRange(env, info, Task::kZeroRange); }
+napi_value Allocate(napi_env env, napi_callback_info info) { return overRange(env, info, Task::kAllocate); }
+
+napi_value SyncData(napi_env env, napi_callback_info info) {
+  Args<1> args(env, info);
+  const Job job = {.task = Task::kSyncData, .fd = args.fd(0)};
+  return args.ok ? start(env, job) : nullptr;
+}
+
+// ---- Descriptors
+
+template <int64_t (*Call)(int, uint64_t)>
+napi_value Seek(napi_env env, napi_callback_info info) {
+  Args<2> args(env, info);
+  const int fd = args.fd(0);
+  const uint64_t offset = args.whole(1, "offset");
+  return args.ok ? number(env, Call(fd, offset)) : nullptr;
+}
+
+template <int64_t (*Call)(int)>
+napi_value OnFd(napi_env env, napi_callback_info info) {
+  Args<1> args(env, info);
+  const int fd = args.fd(0);
+  return args.ok ? number(env, Call(fd)) : nullptr;
+}
+
+napi_value LockFile(napi_env env, napi_callback_info info) {
+  Args<2> args(env, info);
+  const int fd = args.fd(0);
+  const bool exclusive = args.flag(1, "exclusive");
+  return args.ok ? number(env, lockFile(fd, exclusive)) : nullptr;
+}
+
+napi_value SocketPair(napi_env env, napi_callback_info) {
+  int pair[2];
+  if (const int64_t result = socketPair(pair); result < 0) return number(env, result);
+  napi_value both;
+  if (napi_create_array_with_length(env, 2, &both) != napi_ok ||
+      napi_set_element(env, both, 0, number(env, pair[0])) != napi_ok ||
+      napi_set_element(env, both, 1, number(env, pair[1])) != napi_ok) {
+    closeFd(pair[0]);
+    closeFd(pair[1]);
+    return failed(env, "no array");
+  }
+  return both;
+}
+
+// ---- Bitmaps
+
+template <typename Byte, uint64_t (*Call)(Byte*, uint64_t, uint64_t)>
+napi_value OnBitmap(napi_env env, napi_callback_info info) {
+  Args<3> args(env, info);
+  const Bytes map = args.bytes(0, "map");
+  const uint64_t to = args.whole(2, "to", map.length * 8);
+  const uint64_t from = args.whole(1, "from", to);
+  return args.ok ? number(env, static_cast<int64_t>(Call(map.data, from, to))) : nullptr;
+}
+
+constexpr napi_property_descriptor method(const char* name, napi_callback call) {
+  return {name, nullptr, call, nullptr, nullptr, nullptr, napi_enumerable, nullptr};
+}
+
+constexpr napi_property_descriptor kMethods[] = {
+    method("pread", Pread),
+    method("pwrite", Pwrite),
+    method("readAsync", ReadAsync),
+    method("writeAsync", WriteAsync),
+    method("punchHole", PunchHole),
+    method("zeroRange", ZeroRange),
+    method("allocate", Allocate),
+    method("fdatasync", SyncData),
+    method("seekData", Seek<seekData>),
+    method("seekHole", Seek<seekHole>),
+    method("seekEnd", OnFd<seekEnd>),
+    method("lockFile", LockFile),
+    method("mapShared", MapShared),
+    method("unmap", Unmap),
+    method("dup", OnFd<duplicate>),
+    method("closeFd", OnFd<closeFd>),
+    method("socketPair", SocketPair),
+    method("countOnes", OnBitmap<const uint8_t, countOnes>),
+    method("nextZero", OnBitmap<const uint8_t, nextZero>),
+    method("nextOne", OnBitmap<const uint8_t, nextOne>),
+    method("setRange", OnBitmap<uint8_t, setRange>),
+    method("clearRange", OnBitmap<uint8_t, clearRange>),
+};
+
+}  // namespace
+}  // namespace blockferry
+
+NAPI_MODULE_INIT() {
+  using blockferry::kMethods;
+  if (napi_define_properties(env, exports, sizeof kMethods / sizeof kMethods[0], kMethods) != napi_ok) return nullptr;
+  return exports;
+}

@@ -1,0 +1,190 @@
+#include "system.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+namespace blockferry {
+namespace {
+
+// One write of zeros when the kernel cannot zero a range itself.
+constexpr size_t kZeroPieceBytes = 1 << 20;
+// Largest logical block of a Linux block device that allows plain page-cache I/O: an aligned range may be zeroed by any.
+constexpr uint64_t kDeviceBlockBytes = 4096;
+// Most bytes one read or write moves on Linux (MAX_RW_COUNT); asking for more only invites EINVAL from odd file systems.
+constexpr size_t kTransferBytesMax = 0x7ffff000;
+
+// Never written to. Not const, so that it costs no space in the file.
+alignas(4096) uint8_t zeros[kZeroPieceBytes];
+
+template <typename Call>
+int64_t retried(Call call) {
+  for (;;) {
+    const int64_t result = call();
+    if (result >= 0) return result;
+    if (errno != EINTR) return -errno;
+  }
+}
+
+int64_t writeZeros(int fd, uint64_t offset, uint64_t length) {
+  while (length > 0) {
+    const size_t piece = std::min<uint64_t>(length, kZeroPieceBytes);
+    const int64_t result = writeAll(fd, zeros, piece, offset);
+    if (result < 0) return result;
+    offset += piece;
+    length -= piece;
+  }
+  return 0;
+}
+
+int64_t fallocateOnce(int fd, int mode, uint64_t offset, uint64_t length) {
+  return retried([=] { return ::fallocate(fd, mode, static_cast<off_t>(offset), static_cast<off_t>(length)); });
+}
+
+// fallocate in a mode that leaves zeros. Block devices refuse ranges that are not whole logical blocks (EINVAL): then the
+// whole blocks inside are done this way and the edges are written.
+int64_t fallocateZeros(int fd, int mode, uint64_t offset, uint64_t length) {
+  const int64_t result = fallocateOnce(fd, mode, offset, length);
+  if (result != -EINVAL) return result;
+  const uint64_t end = offset + length;
+  const uint64_t inner = (offset + kDeviceBlockBytes - 1) / kDeviceBlockBytes * kDeviceBlockBytes;
+  const uint64_t innerEnd = end / kDeviceBlockBytes * kDeviceBlockBytes;
+  if (inner == offset && innerEnd == end) return result;
+  if (inner >= innerEnd) return writeZeros(fd, offset, length);
+  // The middle first: if the device cannot do it, nothing has been written.
+  if (const int64_t middle = fallocateOnce(fd, mode, inner, innerEnd - inner); middle < 0) return middle;
+  if (const int64_t head = writeZeros(fd, offset, inner - offset); head < 0) return head;
+  return writeZeros(fd, innerEnd, end - innerEnd);
+}
+
+// The kernel could not do it this way, which says nothing about other ways. EBUSY: a block device's cached pages were in use.
+bool otherWayMayWork(int64_t result) {
+  return result == -EOPNOTSUPP || result == -EINVAL || result == -EBUSY || result == -ENOSYS || result == -ENODEV;
+}
+
+int64_t seekKind(int fd, uint64_t offset, int whence) {
+  const int64_t result = retried([=] { return ::lseek(fd, static_cast<off_t>(offset), whence); });
+  if (result != -EINVAL) return result;
+  // Block devices know no holes: all of it is data.
+  const int64_t size = seekEnd(fd);
+  if (size < 0) return size;
+  if (offset >= static_cast<uint64_t>(size)) return -ENXIO;
+  return whence == SEEK_DATA ? static_cast<int64_t>(offset) : size;
+}
+
+}  // namespace
+
+int64_t readSome(int fd, uint8_t* data, size_t length, uint64_t offset, bool nowait) {
+  length = std::min(length, kTransferBytesMax);
+  if (!nowait) return retried([=] { return ::pread(fd, data, length, static_cast<off_t>(offset)); });
+  iovec piece = {data, length};
+  return retried([&] { return ::preadv2(fd, &piece, 1, static_cast<off_t>(offset), RWF_NOWAIT); });
+}
+
+int64_t readAll(int fd, uint8_t* data, size_t length, uint64_t offset) {
+  size_t done = 0;
+  while (done < length) {
+    const int64_t result = readSome(fd, data + done, length - done, offset + done, false);
+    if (result < 0) return result;
+    if (result == 0) break;
+    done += static_cast<size_t>(result);
+  }
+  return static_cast<int64_t>(done);
+}
+
+int64_t writeAll(int fd, const uint8_t* data, size_t length, uint64_t offset) {
+  size_t done = 0;
+  while (done < length) {
+    const size_t piece = std::min(length - done, kTransferBytesMax);
+    const int64_t result =
+        retried([=] { return ::pwrite(fd, data + done, piece, static_cast<off_t>(offset + done)); });
+    if (result < 0) return result;
+    if (result == 0) return -EIO;
+    done += static_cast<size_t>(result);
+  }
+  return static_cast<int64_t>(length);
+}
+
+int64_t punchHole(int fd, uint64_t offset, uint64_t length) {
+  if (length == 0) return 0;
+  return fallocateZeros(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+}
+
+int64_t zeroRange(int fd, uint64_t offset, uint64_t length, bool keepHole) {
+  if (length == 0) return 0;
+  if (keepHole) {
+    const int64_t result = punchHole(fd, offset, length);
+    // Splitting an extent to punch a hole can need a block of metadata; keeping the space can not.
+    if (result >= 0 || !(otherWayMayWork(result) || result == -ENOSPC)) return result;
+  }
+  const int64_t result = fallocateZeros(fd, FALLOC_FL_ZERO_RANGE, offset, length);
+  if (result >= 0 || !otherWayMayWork(result)) return result;
+  return writeZeros(fd, offset, length);
+}
+
+int64_t allocate(int fd, uint64_t offset, uint64_t length) {
+  if (length == 0) return 0;
+  // Not posix_fallocate: its fallback reads and rewrites a byte per block, and would lose what others write meanwhile.
+  const int64_t result = fallocateOnce(fd, 0, offset, length);
+  if (result >= 0) return result;
+  struct stat status;
+  if (::fstat(fd, &status) < 0) return -errno;
+  if (!S_ISBLK(status.st_mode)) return result;
+  const int64_t size = seekEnd(fd);
+  if (size < 0) return size;
+  return offset + length <= static_cast<uint64_t>(size) ? 0 : -ENOSPC;
+}
+
+int64_t syncData(int fd) {
+  return retried([=] { return ::fdatasync(fd); });
+}
+
+int64_t seekData(int fd, uint64_t offset) { return seekKind(fd, offset, SEEK_DATA); }
+
+int64_t seekHole(int fd, uint64_t offset) { return seekKind(fd, offset, SEEK_HOLE); }
+
+int64_t seekEnd(int fd) {
+  return retried([=] { return ::lseek(fd, 0, SEEK_END); });
+}
+
+int64_t lockFile(int fd, bool exclusive) {
+  struct flock lock = {};
+  lock.l_type = exclusive ? F_WRLCK : F_RDLCK;
+  lock.l_whence = SEEK_SET;
+  const int64_t result = retried([&] { return ::fcntl(fd, F_OFD_SETLK, &lock); });
+  if (result >= 0) return 1;
+  return result == -EAGAIN || result == -EACCES ? 0 : result;
+}
+
+int64_t duplicate(int fd) {
+  return retried([=] { return ::fcntl(fd, F_DUPFD_CLOEXEC, 0); });
+}
+
+int64_t socketPair(int pair[2]) {
+  return ::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0 ? -errno : 0;
+}
+
+int64_t closeFd(int fd) {
+  // On Linux the descriptor is gone after EINTR too; closing again could hit somebody else's.
+  return ::close(fd) < 0 && errno != EINTR ? -errno : 0;
+}
+
+int64_t mapShared(int fd, size_t length, void** address) {
+  const int64_t size = seekEnd(fd);
+  if (size < 0) return size;
+  if (static_cast<uint64_t>(size) < length) return -EOVERFLOW;
+  void* mapped = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (mapped == MAP_FAILED) return -errno;
+  *address = mapped;
+  return 0;
+}
+
+void unmap(void* address, size_t length) { ::munmap(address, length); }
+
+}  // namespace blockferry
