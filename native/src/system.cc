@@ -15,7 +15,7 @@ namespace {
 
 // One write of zeros when the kernel cannot zero a range itself.
 constexpr size_t kZeroPieceBytes = 1 << 20;
-// Largest logical block of a Linux block device that allows plain page-cache I/O: an aligned range may be zeroed by any.
+// Linux block devices have logical blocks of a page at most: every one takes ranges aligned to this or the page size.
 constexpr uint64_t kDeviceBlockBytes = 4096;
 // Most bytes one read or write moves on Linux (MAX_RW_COUNT); asking for more only invites EINVAL from odd file systems.
 constexpr size_t kTransferBytesMax = 0x7ffff000;
@@ -47,20 +47,28 @@ int64_t fallocateOnce(int fd, int mode, uint64_t offset, uint64_t length) {
   return retried([=] { return ::fallocate(fd, mode, static_cast<off_t>(offset), static_cast<off_t>(length)); });
 }
 
-// fallocate in a mode that leaves zeros. Block devices refuse ranges that are not whole logical blocks (EINVAL): then the
-// whole blocks inside are done this way and the edges are written.
+bool isBlockDevice(int fd) {
+  struct stat status;
+  return ::fstat(fd, &status) == 0 && S_ISBLK(status.st_mode);
+}
+
+// fallocate in a mode that leaves zeros. Block devices refuse ranges that are not whole logical blocks: of them, the whole
+// blocks are done this way and the edges are written.
 int64_t fallocateZeros(int fd, int mode, uint64_t offset, uint64_t length) {
-  const int64_t result = fallocateOnce(fd, mode, offset, length);
-  if (result != -EINVAL) return result;
+  if (!isBlockDevice(fd)) return fallocateOnce(fd, mode, offset, length);
+  const uint64_t unit = std::max(kDeviceBlockBytes, static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)));
   const uint64_t end = offset + length;
-  const uint64_t inner = (offset + kDeviceBlockBytes - 1) / kDeviceBlockBytes * kDeviceBlockBytes;
-  const uint64_t innerEnd = end / kDeviceBlockBytes * kDeviceBlockBytes;
-  if (inner == offset && innerEnd == end) return result;
+  const uint64_t inner = (offset + unit - 1) / unit * unit;
+  const uint64_t innerEnd = end / unit * unit;
   if (inner >= innerEnd) return writeZeros(fd, offset, length);
   // The middle first: if the device cannot do it, nothing has been written.
   if (const int64_t middle = fallocateOnce(fd, mode, inner, innerEnd - inner); middle < 0) return middle;
   if (const int64_t head = writeZeros(fd, offset, inner - offset); head < 0) return head;
   return writeZeros(fd, innerEnd, end - innerEnd);
+}
+
+int64_t punch(int fd, uint64_t offset, uint64_t length) {
+  return fallocateZeros(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
 }
 
 // The kernel could not do it this way, which says nothing about other ways. EBUSY: a block device's cached pages were in use.
@@ -113,13 +121,21 @@ int64_t writeAll(int fd, const uint8_t* data, size_t length, uint64_t offset) {
 
 int64_t punchHole(int fd, uint64_t offset, uint64_t length) {
   if (length == 0) return 0;
-  return fallocateZeros(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+  // Linux drops a device's cached pages, dirty ones too, before it learns that the device cannot do it (blkdev_fallocate):
+  // what was written and not yet synced would be lost although nothing was punched.
+  if (isBlockDevice(fd)) {
+    constexpr unsigned kWriteOut = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+    const int64_t synced = retried(
+        [=] { return ::sync_file_range(fd, static_cast<off_t>(offset), static_cast<off_t>(length), kWriteOut); });
+    if (synced < 0) return synced;
+  }
+  return punch(fd, offset, length);
 }
 
 int64_t zeroRange(int fd, uint64_t offset, uint64_t length, bool keepHole) {
   if (length == 0) return 0;
   if (keepHole) {
-    const int64_t result = punchHole(fd, offset, length);
+    const int64_t result = punch(fd, offset, length);
     // Splitting an extent to punch a hole can need a block of metadata; keeping the space can not.
     if (result >= 0 || !(otherWayMayWork(result) || result == -ENOSPC)) return result;
   }
@@ -133,9 +149,7 @@ int64_t allocate(int fd, uint64_t offset, uint64_t length) {
   // Not posix_fallocate: its fallback reads and rewrites a byte per block, and would lose what others write meanwhile.
   const int64_t result = fallocateOnce(fd, 0, offset, length);
   if (result >= 0) return result;
-  struct stat status;
-  if (::fstat(fd, &status) < 0) return -errno;
-  if (!S_ISBLK(status.st_mode)) return result;
+  if (!isBlockDevice(fd)) return result;
   const int64_t size = seekEnd(fd);
   if (size < 0) return size;
   return offset + length <= static_cast<uint64_t>(size) ? 0 : -ENOSPC;

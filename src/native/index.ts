@@ -14,6 +14,7 @@ import { constants } from 'node:os';
 import { join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { getSystemErrorName } from 'node:util';
+import { markAsUntransferable } from 'node:worker_threads';
 import { BlockferryError, messageOf } from '../errors.js';
 
 /** Errno values by name, as the functions here answer them negated. */
@@ -95,8 +96,9 @@ export const readAsync = addon.readAsync;
 export const writeAsync = addon.writeAsync;
 
 /**
- * Gives the range back to the file system; it reads as zeros then, and the file keeps its size -> 0, or -errno: -EOPNOTSUPP where holes are
- * not known. Of a block device: at its edges, parts of device blocks are written with zeros instead. On libuv's pool.
+ * Gives the range back to the file system; it reads as zeros then, and the file keeps its size -> 0, or -errno: -EOPNOTSUPP
+ * where holes are not known, and then nothing has changed. Block devices give back whole blocks of a page; the rest of the
+ * range is written with zeros. On libuv's pool.
  */
 export const punchHole = addon.punchHole;
 
@@ -158,6 +160,8 @@ export function lockFile(fd: number, exclusive: boolean): boolean {
 export function mapShared(fd: number, length: number): Uint8Array {
   const view = addon.mapShared(fd, length);
   if (typeof view === 'number') throw systemError('mmap', view);
+  // On another thread it would outlive what unmaps it here.
+  markAsUntransferable(view.buffer);
   return view;
 }
 
