@@ -1,0 +1,117 @@
+/** The two devices a volume is served as. What a phase allows is asked at each request: sessions outlive phases. */
+import { ALLOCATION_DEPTH, BASE_ALLOCATION, Errno } from '../nbd/constants.js';
+import type { BlockDevice, IoRequest, StatusRequest } from '../nbd/device.js';
+import { BLOCK_BYTES } from './blocks.js';
+import type { BlockStore } from './store.js';
+import type { Volume } from './volume.js';
+
+const CONTEXTS = [BASE_ALLOCATION, ALLOCATION_DEPTH] as const;
+
+/** The machine's disk: reads and writes as the phase allows. */
+export class GuestDevice implements BlockDevice {
+  readonly size: number;
+  readonly readOnly: boolean;
+  readonly multiConn = true;
+  readonly preferredBlock = BLOCK_BYTES;
+  readonly contexts = CONTEXTS;
+  readonly #store: BlockStore;
+
+  constructor(private readonly volume: Volume) {
+    this.#store = volume.store;
+    this.size = volume.size;
+    this.readOnly = volume.readOnly;
+  }
+
+  readNow(offset: number, length: number, buffer: Buffer, at: number): number {
+    return this.volume.readable ? this.#store.readNow(offset, length, buffer, at) : Errno.EPERM;
+  }
+
+  writeNow(offset: number, length: number, buffer: Buffer, at: number): number {
+    return this.#store.writeNow(offset, length, buffer, at);
+  }
+
+  read(request: IoRequest): void {
+    if (this.volume.readable) this.#store.read(request);
+    else request.complete(Errno.EPERM);
+  }
+
+  write(request: IoRequest): void {
+    this.#store.write(request);
+  }
+
+  flush(request: IoRequest): void {
+    this.#store.flush(request);
+  }
+
+  trim(request: IoRequest): void {
+    this.#store.trim(request);
+  }
+
+  zero(request: IoRequest): void {
+    this.#store.zero(request);
+  }
+
+  cache(request: IoRequest): void {
+    this.#store.cache(request);
+  }
+
+  status(request: StatusRequest): void {
+    if (this.volume.readable) this.#store.status(request);
+    else request.complete(Errno.EPERM);
+  }
+
+  release(): void {}
+}
+
+/** What another host's link reads: never writable, and readable also while the volume is sealed. */
+export class LinkDevice implements BlockDevice {
+  readonly size: number;
+  readonly readOnly = true;
+  readonly multiConn = true;
+  readonly preferredBlock = BLOCK_BYTES;
+  readonly contexts = CONTEXTS;
+  readonly #store: BlockStore;
+
+  constructor(volume: Volume) {
+    this.#store = volume.store;
+    this.size = volume.size;
+  }
+
+  readNow(offset: number, length: number, buffer: Buffer, at: number): number {
+    return this.#store.readNow(offset, length, buffer, at);
+  }
+
+  writeNow(): number {
+    return Errno.EPERM;
+  }
+
+  read(request: IoRequest): void {
+    this.#store.read(request);
+  }
+
+  write(request: IoRequest): void {
+    request.complete(Errno.EPERM);
+  }
+
+  flush(request: IoRequest): void {
+    request.complete(Errno.OK); // it wrote nothing
+  }
+
+  trim(request: IoRequest): void {
+    request.complete(Errno.EPERM);
+  }
+
+  zero(request: IoRequest): void {
+    request.complete(Errno.EPERM);
+  }
+
+  cache(request: IoRequest): void {
+    this.#store.cache(request);
+  }
+
+  status(request: StatusRequest): void {
+    this.#store.status(request);
+  }
+
+  release(): void {}
+}

@@ -1,0 +1,119 @@
+/**
+ * volume.json: what a volume is, replaced atomically and durably before anything acts on the change.
+ *
+ * Invariants
+ * - `generation` never falls. A takeover takes a generation greater than the one here, and stores it with the phase in one step.
+ *   A retreat keeps the number (it is burnt) and changes only the phase; unseal raises it to the burnt one.
+ * - `mapEpoch` rises whenever all presence bits are dropped; bits stored under another epoch count for nothing.
+ * - `written` is durable before the first guest write after a takeover is answered, or says that the machine is known to run
+ *   here: a retreat is possible only while it is false, and a hand-off only once it is true.
+ * - `openBootId` is the boot under which the maps were opened and not yet closed: in that boot only presence.live is the truth.
+ */
+import { mkdir, readFile } from 'node:fs/promises';
+import { dirname, join } from 'node:path';
+import { z } from 'zod';
+import { BlockferryError, messageOf } from '../errors.js';
+import { removeFile, replaceFile, syncFolder } from './files.js';
+import { PHASES } from './phase.js';
+
+const schema = z.strictObject({
+  format: z.literal(1),
+  id: z.uuid(),
+  name: z.string().min(1).max(255),
+  image: z.string().startsWith('/'),
+  size: z.int().positive(),
+  phase: z.enum(PHASES),
+  generation: z.int().positive(),
+  mapEpoch: z.int().positive(),
+  /** The generation a sealed volume was sealed for. */
+  sealedFor: z.int().positive().nullable(),
+  written: z.boolean(),
+  source: z
+    .strictObject({
+      uri: z.string(),
+      /** What the source said of itself when first met; another blockferry names its volume and generation there. */
+      description: z.string().nullable(),
+    })
+    .nullable(),
+  /** A standby that takes over by itself at the guest's first write, because no coordinator does. */
+  takesOverAtWrite: z.boolean(),
+  /** The image was made by us, so that cancelling a standby may delete it. */
+  imageCreated: z.boolean(),
+  openBootId: z.string().nullable(),
+  created: z.iso.datetime(),
+  handoffAt: z.iso.datetime().nullable(),
+});
+
+export type Identity = z.infer<typeof schema>;
+
+export const IDENTITY_FILE = 'volume.json';
+
+/** Reads and checks a volume's identity; undefined where there is none. Throws 'state-damaged'. */
+export async function readIdentity(folder: string): Promise<Identity | undefined> {
+  const path = join(folder, IDENTITY_FILE);
+  let text: string;
+  try {
+    text = await readFile(path, 'utf8');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw new BlockferryError('state-damaged', `cannot read ${path}: ${messageOf(error)}`, { cause: error });
+  }
+  try {
+    return schema.parse(JSON.parse(text));
+  } catch (cause) {
+    const why = cause instanceof z.ZodError ? z.prettifyError(cause).replaceAll('\n', ' ') : messageOf(cause);
+    throw new BlockferryError(
+      'state-damaged',
+      `${path} is damaged (${why}): the volume is not opened, restore that file from a copy`,
+      { cause },
+    );
+  }
+}
+
+/** The identity of an open volume. Changes are made one after the other, each durable before it is visible here. */
+export class IdentityFile {
+  #current: Identity;
+  #last: Promise<unknown> = Promise.resolve();
+  #stored: boolean;
+
+  /** `stored`: the file exists. A plain volume that was only served has none until something must be remembered. */
+  constructor(
+    readonly folder: string,
+    current: Identity,
+    options: { stored: boolean },
+  ) {
+    this.#current = Object.freeze(current);
+    this.#stored = options.stored;
+  }
+
+  get current(): Readonly<Identity> {
+    return this.#current;
+  }
+
+  get stored(): boolean {
+    return this.#stored;
+  }
+
+  /** Applies `change` to the identity as it is when its turn comes. */
+  update(change: Partial<Identity>): Promise<void> {
+    const step = this.#last.then(async () => {
+      const next = Object.freeze({ ...this.#current, ...change });
+      if (!this.#stored) {
+        await mkdir(this.folder, { recursive: true, mode: 0o700 });
+        await syncFolder(dirname(this.folder));
+      }
+      await replaceFile(join(this.folder, IDENTITY_FILE), `${JSON.stringify(next, null, 2)}\n`);
+      this.#stored = true;
+      this.#current = next;
+    });
+    this.#last = step.catch(() => undefined);
+    return step;
+  }
+
+  /** Forgets the volume, durably. */
+  async remove(): Promise<void> {
+    await this.#last;
+    if (this.#stored) await removeFile(join(this.folder, IDENTITY_FILE));
+    this.#stored = false;
+  }
+}

@@ -1,0 +1,186 @@
+/** The raw image of a volume: a file or a block device, locked while it is open, so that two programs never write one disk. */
+import {
+  closeSync,
+  constants,
+  fstatSync,
+  ftruncateSync,
+  openSync,
+  realpathSync,
+  statfsSync,
+  unlinkSync,
+} from 'node:fs';
+import { dirname, resolve } from 'node:path';
+import { BlockferryError, messageOf } from '../errors.js';
+import * as native from '../native/index.js';
+import { Errno } from '../nbd/constants.js';
+import { syncFolder } from './files.js';
+
+const { EAGAIN, EOPNOTSUPP, ENXIO, ENOSPC, EDQUOT, EFBIG, EPERM, EROFS } = native.ERRNO;
+
+/** tmpfs and ramfs (linux/magic.h): a read is a copy in memory, though they do not know RWF_NOWAIT. */
+const MEMORY_FILESYSTEMS = new Set([0x01021994, 0x858458f6]);
+
+/** NBD error value for a system call's negative result. */
+export function errnoOfSystem(result: number): number {
+  const errno = -result;
+  if (errno === ENOSPC || errno === EDQUOT || errno === EFBIG) return Errno.ENOSPC;
+  if (errno === EPERM || errno === EROFS) return Errno.EPERM;
+  return Errno.EIO;
+}
+
+/** Answer of `readNow`: not without waiting for the disk. */
+export const WOULD_WAIT = -EAGAIN;
+
+export class Image {
+  /** How `readNow` asks: 'nowait' as long as the filesystem can tell what is cached, 'plain' in memory, else never. */
+  #inline: 'nowait' | 'plain' | 'never' = 'nowait';
+  #punches = true;
+
+  private constructor(
+    readonly path: string,
+    readonly fd: number,
+    /** Bytes. */
+    readonly size: number,
+    readonly blockDevice: boolean,
+    readonly readOnly: boolean,
+  ) {
+    if (!blockDevice && MEMORY_FILESYSTEMS.has(statfsSync(path).type)) this.#inline = 'plain';
+  }
+
+  /** Opens and locks an image. Throws 'image-missing', 'image-in-use', 'image-io'. */
+  static open(path: string, options: { readOnly?: boolean } = {}): Image {
+    const readOnly = options.readOnly ?? false;
+    let fd: number;
+    try {
+      fd = openSync(path, readOnly ? constants.O_RDONLY : constants.O_RDWR);
+    } catch (cause) {
+      const missing = (cause as NodeJS.ErrnoException).code === 'ENOENT';
+      throw new BlockferryError(
+        missing ? 'image-missing' : 'image-io',
+        missing
+          ? `there is no image ${path}: create it, or give the right path`
+          : `cannot open image ${path}: ${messageOf(cause)}`,
+        { cause },
+      );
+    }
+    try {
+      return Image.#adopt(realpathSync(path), fd, readOnly);
+    } catch (error) {
+      closeSync(fd);
+      throw error;
+    }
+  }
+
+  static #adopt(path: string, fd: number, readOnly: boolean): Image {
+    const stat = fstatSync(fd);
+    if (!stat.isFile() && !stat.isBlockDevice()) {
+      throw new BlockferryError('image-io', `${path} is neither a file nor a block device`);
+    }
+    // A shared lock needs no right to write; any writer's lock excludes it.
+    if (!native.lockFile(fd, !readOnly)) {
+      throw new BlockferryError(
+        'image-in-use',
+        `image ${path} is in use by another program: stop that one first`,
+      );
+    }
+    const size = native.seekEnd(fd);
+    if (size <= 0)
+      throw new BlockferryError(
+        'image-io',
+        `image ${path} is empty: give it a size first (truncate -s SIZE)`,
+      );
+    return new Image(path, fd, size, stat.isBlockDevice(), readOnly);
+  }
+
+  /** Creates a sparse image of `size` bytes, durably. Throws 'exists' where there is something already. */
+  static async create(path: string, size: number): Promise<Image> {
+    let fd: number;
+    try {
+      fd = openSync(path, constants.O_RDWR | constants.O_CREAT | constants.O_EXCL, 0o600);
+    } catch (cause) {
+      const code = (cause as NodeJS.ErrnoException).code === 'EEXIST' ? 'exists' : 'image-io';
+      throw new BlockferryError(code, `cannot create image ${path}: ${messageOf(cause)}`, { cause });
+    }
+    try {
+      ftruncateSync(fd, size);
+      await syncFolder(dirname(resolve(path)));
+      return Image.#adopt(realpathSync(path), fd, false);
+    } catch (error) {
+      closeSync(fd);
+      unlinkSync(path);
+      throw error;
+    }
+  }
+
+  /** Reads now if that needs no disk: 0, WOULD_WAIT, or another negative errno. */
+  readNow(buffer: Buffer, at: number, length: number, offset: number): number {
+    if (this.#inline === 'never') return WOULD_WAIT;
+    const nowait = this.#inline === 'nowait';
+    const done = native.pread(this.fd, buffer, at, length, offset, nowait);
+    if (done === length) return 0;
+    if (done === -EOPNOTSUPP && nowait) {
+      this.#inline = 'never';
+      return WOULD_WAIT;
+    }
+    if (done >= 0) return nowait ? WOULD_WAIT : -native.ERRNO.EIO;
+    return done;
+  }
+
+  /** Reads on a thread: 0 or a negative errno. A short read is -EIO: somebody cut the image. */
+  async read(buffer: Buffer, at: number, length: number, offset: number): Promise<number> {
+    for (let got = 0; got < length; ) {
+      const done = await native.readAsync(this.fd, buffer, at + got, length - got, offset + got);
+      if (done < 0) return done;
+      if (done === 0) return -native.ERRNO.EIO;
+      got += done;
+    }
+    return 0;
+  }
+
+  /** Writes into the page cache: 0 or a negative errno. */
+  write(buffer: Buffer, at: number, length: number, offset: number): number {
+    const done = native.pwrite(this.fd, buffer, at, length, offset);
+    return done < 0 ? done : 0;
+  }
+
+  /** Makes a range read as zeros, on a thread: 0 or a negative errno. */
+  zero(offset: number, length: number, keepHole: boolean): Promise<number> {
+    return native.zeroRange(this.fd, offset, length, keepHole);
+  }
+
+  /** Gives a range's space back; it then reads as zeros. False where the image cannot (nothing was done), else 0 or -errno. */
+  async punch(offset: number, length: number): Promise<number | false> {
+    if (!this.#punches) return false;
+    const done = await native.punchHole(this.fd, offset, length);
+    if (done !== -EOPNOTSUPP) return done;
+    this.#punches = false;
+    return false;
+  }
+
+  /** Whether [offset, end) holds no data at all, and so reads as zeros. */
+  isHole(offset: number, end: number): boolean {
+    if (this.blockDevice) return false; // a device always says that all is data
+    const data = native.seekData(this.fd, offset);
+    return data === -ENXIO || data >= end;
+  }
+
+  /** End of the stretch of data (or hole) that `offset` lies in, at most `end`. */
+  stretch(offset: number, end: number): { hole: boolean; end: number } {
+    if (this.blockDevice) return { hole: false, end };
+    const data = native.seekData(this.fd, offset);
+    if (data === -ENXIO) return { hole: true, end };
+    if (data < 0) return { hole: false, end };
+    if (data > offset) return { hole: true, end: Math.min(data, end) };
+    const hole = native.seekHole(this.fd, offset);
+    return { hole: false, end: hole < 0 ? end : Math.min(hole, end) };
+  }
+
+  /** 0 or a negative errno. */
+  sync(): Promise<number> {
+    return native.fdatasync(this.fd);
+  }
+
+  close(): void {
+    closeSync(this.fd);
+  }
+}

@@ -1,0 +1,221 @@
+/** The ways to get hold of a volume: as a plain image, new with a source, or from what an earlier process left. */
+import { randomUUID } from 'node:crypto';
+import { existsSync, mkdirSync, readdirSync, realpathSync, rmSync } from 'node:fs';
+import { mkdir } from 'node:fs/promises';
+import { basename, join, resolve } from 'node:path';
+import { BlockferryError } from '../errors.js';
+import { blocksOf, VOLUME_BYTES_MAX } from './blocks.js';
+import { type Identity, IdentityFile, readIdentity } from './identity.js';
+import { Image } from './image.js';
+import { hasMaps } from './phase.js';
+import { bootId, Presence } from './presence.js';
+import { Volume } from './volume.js';
+
+const NAME = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$/;
+
+export function checkName(name: string): void {
+  if (NAME.test(name)) return;
+  throw new BlockferryError(
+    'usage',
+    `'${name}' cannot be a volume's name: use letters, digits, '.', '_' and '-' (128 at most, not starting with '.' or '-')`,
+  );
+}
+
+/** The name a volume gets when none is given. */
+export function defaultName(imagePath: string): string {
+  const name = basename(imagePath)
+    .replace(/[^A-Za-z0-9._-]/g, '_')
+    .replace(/^[.-]+/, '_')
+    .slice(0, 128);
+  return name === '' ? 'disk' : name;
+}
+
+function freshIdentity(name: string, image: Image): Identity {
+  return {
+    format: 1,
+    id: randomUUID(),
+    name,
+    image: image.path,
+    size: image.size,
+    phase: 'plain',
+    generation: 1,
+    mapEpoch: 1,
+    sealedFor: null,
+    written: true,
+    source: null,
+    takesOverAtWrite: false,
+    imageCreated: false,
+    openBootId: null,
+    created: new Date().toISOString(),
+    handoffAt: null,
+  };
+}
+
+/** Refuses an image that another volume of this state folder is made of: served under two names, it would be two disks. */
+async function refuseForeignImage(stateDir: string, name: string, imagePath: string): Promise<void> {
+  if (!existsSync(stateDir) || !existsSync(imagePath)) return;
+  const path = realpathSync(imagePath);
+  for (const entry of readdirSync(stateDir, { withFileTypes: true })) {
+    if (!entry.isDirectory() || entry.name === name) continue;
+    const other = await readIdentity(join(stateDir, entry.name)).catch(() => undefined);
+    if (other?.image !== path) continue;
+    throw new BlockferryError(
+      'state-mismatch',
+      `${path} is the image of volume ${other.name} (${other.phase}): use that name, or remove ${join(stateDir, entry.name)} first`,
+    );
+  }
+}
+
+function checkSize(size: number): void {
+  if (size > 0 && size <= VOLUME_BYTES_MAX) return;
+  throw new BlockferryError(
+    'bounds',
+    `a volume of ${size} bytes is not possible: 1 to ${VOLUME_BYTES_MAX} bytes are`,
+  );
+}
+
+/** Serves an image as it is. What an earlier process left under that name is resumed, whatever its phase. */
+export async function openPlain(options: {
+  stateDir: string;
+  name: string;
+  image: string;
+  readOnly?: boolean;
+}): Promise<Volume> {
+  const { stateDir, name, image: path, readOnly = false } = options;
+  checkName(name);
+  await refuseForeignImage(stateDir, name, path);
+  const folder = join(stateDir, name);
+  const known = await readIdentity(folder);
+  if (known !== undefined) return reopenKnown(folder, known, { image: path, readOnly });
+  const image = Image.open(path, { readOnly });
+  try {
+    checkSize(image.size);
+    return new Volume(new IdentityFile(folder, freshIdentity(name, image), { stored: false }), image, null);
+  } catch (error) {
+    image.close();
+    throw error;
+  }
+}
+
+export interface ProxiedOptions {
+  stateDir: string;
+  name: string;
+  image: string;
+  /** Bytes; the source's. */
+  size: number;
+  source: { uri: string; description: string | null };
+  /** Standby until a takeover; else the volume is taken over at once. */
+  standby: boolean;
+  /** A coordinator drives the move: it brings the volume's identity, and only it takes over. */
+  arrival: { volumeId: string; generation: number } | null;
+}
+
+/** A new volume whose blocks are all at its source. The image is created sparse; a block device is used as it is. */
+export async function createProxied(options: ProxiedOptions): Promise<Volume> {
+  const { stateDir, name, arrival } = options;
+  checkName(name);
+  checkSize(options.size);
+  await refuseForeignImage(stateDir, name, options.image);
+  const folder = join(stateDir, name);
+  if ((await readIdentity(folder)) !== undefined) {
+    throw new BlockferryError(
+      'exists',
+      `there is a volume ${name} in ${stateDir} already: choose another name`,
+    );
+  }
+  const { image, created } = await imageFor(options.image, options.size);
+  try {
+    const identity: Identity = {
+      ...freshIdentity(name, image),
+      ...(arrival === null ? {} : { id: arrival.volumeId, generation: arrival.generation }),
+      phase: options.standby ? 'standby' : 'relocating',
+      written: !options.standby,
+      source: options.source,
+      takesOverAtWrite: options.standby && arrival === null,
+      imageCreated: created,
+      openBootId: bootId(),
+    };
+    await mkdir(folder, { recursive: true, mode: 0o700 });
+    const presence = await Presence.create(folder, identity, blocksOf(image.size));
+    const file = new IdentityFile(folder, identity, { stored: false });
+    await file.update({});
+    return new Volume(file, image, presence);
+  } catch (error) {
+    image.close();
+    if (created) rmSync(options.image, { force: true });
+    throw error;
+  }
+}
+
+async function imageFor(path: string, size: number): Promise<{ image: Image; created: boolean }> {
+  if (!existsSync(path)) {
+    mkdirSync(resolve(path, '..'), { recursive: true });
+    return { image: await Image.create(path, size), created: true };
+  }
+  const image = Image.open(path);
+  const empty = image.blockDevice || image.isHole(0, image.size);
+  if (empty && image.size === size) return { image, created: false };
+  image.close();
+  if (!empty) {
+    throw new BlockferryError(
+      'exists',
+      `${path} holds data and is no volume of ours: it would be overwritten; remove it or choose another image`,
+    );
+  }
+  throw new BlockferryError(
+    'source-mismatch',
+    `${path} has ${image.size} bytes, the source has ${size}: give an image of the same size`,
+  );
+}
+
+/** Resumes what an earlier process left under a name. Throws 'not-found' where there is nothing. */
+export async function reopen(options: { stateDir: string; name: string; image?: string }): Promise<Volume> {
+  checkName(options.name);
+  const folder = join(options.stateDir, options.name);
+  const known = await readIdentity(folder);
+  if (known === undefined)
+    throw new BlockferryError('not-found', `there is no volume ${options.name} in ${options.stateDir}`);
+  return reopenKnown(folder, known, {
+    ...(options.image === undefined ? {} : { image: options.image }),
+    readOnly: false,
+  });
+}
+
+async function reopenKnown(
+  folder: string,
+  known: Identity,
+  options: { image?: string; readOnly: boolean },
+): Promise<Volume> {
+  const { image: path, readOnly } = options;
+  if (path !== undefined && existsSync(path) && realpathSync(path) !== known.image) {
+    throw new BlockferryError(
+      'state-mismatch',
+      `volume ${known.name} has the image ${known.image}, not ${path}: use another --name, or remove ${folder} if it is obsolete`,
+    );
+  }
+  if (known.phase === 'retired') {
+    throw new BlockferryError(
+      'phase',
+      `volume ${known.name} was moved to another host and is retired; its image is stale: remove ${folder} to use it all the same`,
+    );
+  }
+  const image = Image.open(known.image, { readOnly: readOnly && !hasMaps(known.phase) });
+  let presence: Presence | null = null;
+  try {
+    if (image.size !== known.size) {
+      throw new BlockferryError(
+        'state-mismatch',
+        `image ${known.image} has ${image.size} bytes, volume ${known.name} has ${known.size}: restore the image, or remove ${folder}`,
+      );
+    }
+    if (hasMaps(known.phase)) presence = await Presence.recover(folder, known, blocksOf(image.size));
+    else Presence.removeFiles(folder); // a hand-off that died before its last act
+    const volume = new Volume(new IdentityFile(folder, known, { stored: true }), image, presence);
+    await volume.markOpen();
+    return volume;
+  } catch (error) {
+    presence?.close();
+    image.close();
+    throw error;
+  }
+}

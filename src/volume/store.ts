@@ -1,0 +1,469 @@
+/**
+ * The blocks of a volume: image, presence, and the order of everything that changes them. All of it runs on one thread.
+ *
+ * Invariants
+ * - Checking presence, touching the image and setting presence are one synchronous step, for reads, writes and fills alike.
+ *   What a thread does meanwhile (zero, punch) holds a range lock that writes wait for and fills skip.
+ * - A fill writes only blocks that are still missing and not locked when its data is here: a guest's write always wins.
+ * - A fill of an older epoch is dropped: its data was fetched before the blocks were dropped, and may be stale.
+ * - A write that covers whole blocks needs no source. One that covers a missing block in part waits for that block first.
+ * - A block that is set present was written whole, or was whole before.
+ * - Requests that wait for the same block or lock go on in their order of arrival: a client that lost its connection and sent a
+ *   write again, then another, never finds the first one on top.
+ * - An answered flush means: all writes answered before it came are on stable storage, and so is their presence, behind them.
+ *   After a failed sync no flush succeeds again: the kernel reports a lost page only once.
+ */
+import { BlockferryError, errnoOf } from '../errors.js';
+import { Allocation, BASE_ALLOCATION, CommandFlag, Errno } from '../nbd/constants.js';
+import { type IoRequest, LATER, type StatusRequest } from '../nbd/device.js';
+import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from './blocks.js';
+import { errnoOfSystem, type Image, WOULD_WAIT } from './image.js';
+import { Parking } from './parking.js';
+import type { Presence } from './presence.js';
+import { type RangeLock, RangeLocks } from './range-locks.js';
+
+/** Where missing blocks come from; the relocation engine is one. */
+export interface Supplier {
+  /** Missing blocks of [first, end) are wanted now; each arrives by `fill`, or `giveUp` says that it will not. */
+  demand(first: number, end: number): void;
+  /** Completes a READ that touches missing blocks without keeping what it fetches. */
+  readThrough(request: IoRequest): void;
+  /** Blocks of [first, end) are likely to be wanted. */
+  prefetch(first: number, end: number): void;
+}
+
+/** Whether the guest may write: yes; no, with this errno; or after `ask`, when the request is tried again. */
+export type Gate =
+  | { readonly kind: 'open' }
+  | { readonly kind: 'refused'; readonly errno: number }
+  | { readonly kind: 'ask'; readonly ask: () => Promise<void> };
+
+export const OPEN: Gate = { kind: 'open' };
+
+/** Blocks that one fill of zeros marks in one synchronous step, at most. */
+const ZERO_FILL_BLOCKS_MAX = (1 << 30) / BLOCK_BYTES;
+
+const NO_BLOCK = -1;
+
+type Retry = (request: IoRequest) => void;
+
+export class BlockStore {
+  readonly blocks: number;
+  readonly #parking = new Parking();
+  readonly #locks = new RangeLocks();
+  #lockWaiters: { request: IoRequest; retry: Retry }[] = [];
+  #gate: Gate = OPEN;
+  #askWaiters: { request: IoRequest; retry: Retry }[] | undefined;
+  /** Reads that a thread has under way. */
+  #reading = 0;
+  #idle: (() => void)[] = [];
+  #serial: Promise<unknown> = Promise.resolve();
+  #nextCommit: Promise<number> | undefined;
+  #failure: BlockferryError | null = null;
+
+  supplier: Supplier | null = null;
+  /** Fetched blocks are kept; otherwise reads of missing blocks pass through. */
+  keeps = false;
+  /** Raised when the bits are dropped. */
+  epoch: number;
+  /** Called once the last missing block arrived. */
+  onComplete: (() => void) | null = null;
+
+  readonly #retryRead: Retry = (request) => this.read(request);
+  readonly #retryWrite: Retry = (request) => this.write(request);
+  readonly #retryZero: Retry = (request) => this.zero(request);
+  readonly #retryTrim: Retry = (request) => this.trim(request);
+
+  constructor(
+    readonly image: Image,
+    public presence: Presence | null,
+    epoch: number,
+  ) {
+    this.blocks = blocksOf(image.size);
+    this.epoch = epoch;
+  }
+
+  /** Why nothing can be made durable any more, if so. */
+  get failure(): BlockferryError | null {
+    return this.#failure;
+  }
+
+  get presentBytes(): number {
+    const { presence } = this;
+    if (presence === null || presence.complete) return this.image.size;
+    return Math.min(presence.present * BLOCK_BYTES, this.image.size);
+  }
+
+  // Reads
+
+  readNow(offset: number, length: number, buffer: Buffer, at: number): number {
+    const { presence } = this;
+    if (presence !== null && !presence.hasAll(blockAt(offset), blocksOf(offset + length))) return LATER;
+    const done = this.image.readNow(buffer, at, length, offset);
+    if (done === 0) return Errno.OK;
+    return done === WOULD_WAIT ? LATER : errnoOfSystem(done);
+  }
+
+  read(request: IoRequest): void {
+    const { offset, length } = request;
+    const first = blockAt(offset);
+    const end = blocksOf(offset + length);
+    const missing = this.presence === null ? end : this.presence.nextMissing(first, end);
+    if (missing === end) {
+      const now = this.readNow(offset, length, request.buffer, request.at);
+      if (now !== LATER) request.complete(now);
+      else void this.#readCold(request);
+    } else if (request.abandoned) {
+      request.complete(Errno.EIO);
+    } else if (this.supplier === null) {
+      request.complete(Errno.EIO);
+    } else if (!this.keeps) {
+      this.supplier.readThrough(request);
+    } else {
+      this.#parking.park(request, missing, this.#retryRead);
+      this.supplier.demand(missing, end);
+    }
+  }
+
+  async #readCold(request: IoRequest): Promise<void> {
+    this.#reading++;
+    const done = await this.image.read(request.buffer, request.at, request.length, request.offset);
+    this.#reading--;
+    request.complete(done === 0 ? Errno.OK : errnoOfSystem(done));
+    this.#tellIdle();
+  }
+
+  // Writes
+
+  writeNow(offset: number, length: number, buffer: Buffer, at: number): number {
+    if (this.#gate.kind !== 'open') return this.#gate.kind === 'refused' ? this.#gate.errno : LATER;
+    const first = blockAt(offset);
+    const end = blocksOf(offset + length);
+    if (this.#locks.size > 0 && this.#locks.overlaps(first, end)) return LATER;
+    if (this.presence !== null && this.#missingEdge(offset, length) !== NO_BLOCK) return LATER;
+    const done = this.image.write(buffer, at, length, offset);
+    if (done !== 0) return errnoOfSystem(done);
+    if (this.presence !== null) this.#arrived(first, end);
+    return Errno.OK;
+  }
+
+  write(request: IoRequest): void {
+    if (!this.#mayChange(request, request.offset, request.length, this.#retryWrite)) return;
+    const done = this.writeNow(request.offset, request.length, request.buffer, request.at);
+    this.#answerChange(request, done);
+  }
+
+  zero(request: IoRequest): void {
+    if (!this.#mayChange(request, request.offset, request.length, this.#retryZero)) return;
+    void this.#zeroOnThread(request);
+  }
+
+  async #zeroOnThread(request: IoRequest): Promise<void> {
+    const { offset, length, flags } = request;
+    const first = blockAt(offset);
+    const end = blocksOf(offset + length);
+    const lock = this.#locks.lock(first, end);
+    const done = await this.image.zero(offset, length, (flags & CommandFlag.NO_HOLE) === 0);
+    this.#unlock(lock, done === 0);
+    this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
+  }
+
+  trim(request: IoRequest): void {
+    // A hint, and only whole blocks can follow it.
+    const first = blocksOf(request.offset);
+    const past = request.offset + request.length;
+    const end = past === this.image.size ? this.blocks : blockAt(past);
+    if (first >= end) {
+      request.complete(this.#gate.kind === 'refused' ? this.#gate.errno : Errno.OK);
+    } else if (
+      this.#mayChange(
+        request,
+        first * BLOCK_BYTES,
+        bytesOfBlocks(first, end, this.image.size),
+        this.#retryTrim,
+      )
+    ) {
+      void this.#trimOnThread(request, first, end);
+    }
+  }
+
+  async #trimOnThread(request: IoRequest, first: number, end: number): Promise<void> {
+    const lock = this.#locks.lock(first, end);
+    const done = await this.image.punch(first * BLOCK_BYTES, bytesOfBlocks(first, end, this.image.size));
+    this.#unlock(lock, done === 0);
+    this.#answerChange(request, done === false || done === 0 ? Errno.OK : errnoOfSystem(done));
+  }
+
+  /** Whether a change may go ahead at this moment; if not, it was answered, or waits and is tried again. */
+  #mayChange(request: IoRequest, offset: number, length: number, retry: Retry): boolean {
+    if (request.abandoned) {
+      request.complete(Errno.EIO);
+      return false;
+    }
+    if (this.#gate.kind === 'refused') {
+      request.complete(this.#gate.errno);
+      return false;
+    }
+    if (this.#gate.kind === 'ask') {
+      this.#ask(this.#gate.ask, request, retry);
+      return false;
+    }
+    const first = blockAt(offset);
+    const end = blocksOf(offset + length);
+    if (this.#locks.overlaps(first, end)) {
+      this.#lockWaiters.push({ request, retry });
+      return false;
+    }
+    const edge = this.presence === null ? NO_BLOCK : this.#missingEdge(offset, length);
+    if (edge === NO_BLOCK) return true;
+    if (this.supplier === null) {
+      request.complete(Errno.EIO);
+      return false;
+    }
+    this.#parking.park(request, edge, retry);
+    this.supplier.demand(edge, edge + 1);
+    if (edge !== end - 1 && !this.#coversEnd(offset + length)) this.supplier.demand(end - 1, end);
+    return false;
+  }
+
+  #answerChange(request: IoRequest, errno: number): void {
+    if (errno !== Errno.OK || (request.flags & CommandFlag.FUA) === 0) request.complete(errno);
+    else void this.commit().then((result) => request.complete(result));
+  }
+
+  /** Whether a change that ends at byte `past` covers its last block to the end. */
+  #coversEnd(past: number): boolean {
+    return past % BLOCK_BYTES === 0 || past === this.image.size;
+  }
+
+  /** A missing block that the range covers only in part, or NO_BLOCK. */
+  #missingEdge(offset: number, length: number): number {
+    const presence = this.presence!;
+    const first = blockAt(offset);
+    if (offset % BLOCK_BYTES !== 0 && !presence.has(first)) return first;
+    const past = offset + length;
+    const last = blocksOf(past) - 1;
+    return this.#coversEnd(past) || presence.has(last) ? NO_BLOCK : last;
+  }
+
+  // The gate
+
+  get gate(): Gate {
+    return this.#gate;
+  }
+
+  /** From now on, in this very step, guest changes meet `gate`; so do those that wait. */
+  setGate(gate: Gate): void {
+    this.#gate = gate;
+  }
+
+  #ask(ask: () => Promise<void>, request: IoRequest, retry: Retry): void {
+    if (this.#askWaiters !== undefined) {
+      this.#askWaiters.push({ request, retry });
+      return;
+    }
+    const waiters = [{ request, retry }];
+    this.#askWaiters = waiters;
+    ask().then(
+      () => {
+        this.#askWaiters = undefined;
+        for (const waiter of waiters) waiter.retry(waiter.request);
+      },
+      (error) => {
+        this.#askWaiters = undefined;
+        for (const waiter of waiters) waiter.request.complete(errnoOf(error));
+      },
+    );
+  }
+
+  // Arrivals
+
+  /** The data of [first, end) is in the image. */
+  #arrived(first: number, end: number): void {
+    const { presence } = this;
+    if (presence === null) return;
+    presence.set(first, end);
+    this.#wake(first, end);
+    if (presence.complete && this.onComplete !== null) {
+      const { onComplete } = this;
+      this.onComplete = null;
+      onComplete();
+    }
+  }
+
+  #wake(first: number, end: number): void {
+    if (this.#parking.size === 0) return;
+    for (const { request, retry } of this.#parking.take(first, end)) retry(request);
+  }
+
+  #unlock(lock: RangeLock, arrived: boolean): void {
+    this.#locks.unlock(lock);
+    if (arrived) this.#arrived(lock.first, lock.end);
+    else this.#wake(lock.first, lock.end); // a fill may have skipped them: they ask again
+    const waiters = this.#lockWaiters;
+    this.#lockWaiters = [];
+    for (const { request, retry } of waiters) retry(request);
+    this.#tellIdle();
+  }
+
+  #tellIdle(): void {
+    if (this.#idle.length === 0 || this.#locks.size > 0 || this.#reading > 0) return;
+    for (const idle of this.#idle.splice(0)) idle();
+  }
+
+  /**
+   * Keeps fetched data: buffer[at...] holds the blocks [first, end), the last one cut at the volume's end. Blocks that came
+   * otherwise meanwhile are left alone. Returns an errno.
+   */
+  fill(epoch: number, first: number, end: number, buffer: Buffer, at: number): number {
+    const { presence } = this;
+    if (epoch !== this.epoch || !this.keeps || presence === null) return Errno.OK;
+    for (
+      let block = presence.nextMissing(first, end);
+      block < end;
+      block = presence.nextMissing(block, end)
+    ) {
+      const run = this.#locks.run(block, presence.nextPresent(block, end));
+      if (!run.locked) {
+        const bytes = bytesOfBlocks(block, run.end, this.image.size);
+        const done = this.image.write(buffer, at + (block - first) * BLOCK_BYTES, bytes, block * BLOCK_BYTES);
+        if (done !== 0) return errnoOfSystem(done);
+        this.#arrived(block, run.end);
+        if (this.presence === null) break;
+      }
+      block = run.end;
+    }
+    return Errno.OK;
+  }
+
+  /** Keeps that the missing blocks of [first, end) are zeros at the source. Resolves with an errno. */
+  async fillZeroes(epoch: number, first: number, end: number): Promise<number> {
+    for (let block = first; block < end; ) {
+      const { presence } = this;
+      if (epoch !== this.epoch || !this.keeps || presence === null) return Errno.OK;
+      block = presence.nextMissing(block, end);
+      if (block === end) break;
+      const stop = Math.min(presence.nextPresent(block, end), block + ZERO_FILL_BLOCKS_MAX);
+      const run = this.#locks.run(block, stop);
+      if (!run.locked) {
+        const errno = await this.#fillZeroRun(epoch, block, run.end);
+        if (errno !== Errno.OK) return errno;
+      }
+      block = run.end;
+    }
+    return Errno.OK;
+  }
+
+  async #fillZeroRun(epoch: number, first: number, end: number): Promise<number> {
+    const offset = first * BLOCK_BYTES;
+    const bytes = bytesOfBlocks(first, end, this.image.size);
+    if (this.image.isHole(offset, offset + bytes)) {
+      this.#arrived(first, end);
+      return Errno.OK;
+    }
+    const lock = this.#locks.lock(first, end);
+    const done = await this.image.zero(offset, bytes, true);
+    this.#unlock(lock, done === 0 && epoch === this.epoch);
+    return done === 0 ? Errno.OK : errnoOfSystem(done);
+  }
+
+  /** Blocks of [first, end) will not come: who waits for them gets `errno`. */
+  giveUp(first: number, end: number, errno: number): void {
+    for (const { request } of this.#parking.take(first, end)) request.complete(errno);
+  }
+
+  /** Tries everything that waits for blocks again, after `keeps` or the supplier changed. */
+  retryParked(): void {
+    for (const { request, retry } of this.#parking.takeAll()) retry(request);
+  }
+
+  // Durability
+
+  flush(request: IoRequest): void {
+    void this.commit().then((errno) => request.complete(errno));
+  }
+
+  /** Makes all that was answered so far durable. Resolves with an errno. Those who ask while one runs share the next. */
+  commit(): Promise<number> {
+    this.#nextCommit ??= this.serially(() => {
+      this.#nextCommit = undefined;
+      return this.#commitNow();
+    });
+    return this.#nextCommit;
+  }
+
+  async #commitNow(): Promise<number> {
+    if (this.#failure !== null) return Errno.EIO;
+    try {
+      if (this.presence === null) await this.#syncImage();
+      else await this.presence.commit(() => this.#syncImage());
+      return Errno.OK;
+    } catch (cause) {
+      this.#failure = new BlockferryError(
+        'image-io',
+        `writes to ${this.image.path} could not be made durable; check its disk, then restart this daemon`,
+        { cause },
+      );
+      return Errno.EIO;
+    }
+  }
+
+  async #syncImage(): Promise<void> {
+    if (this.image.readOnly) return;
+    const done = await this.image.sync();
+    if (done !== 0)
+      throw new BlockferryError('image-io', `fdatasync of ${this.image.path} failed: errno ${-done}`);
+  }
+
+  /** Runs a step that must not meet a commit half way; one at a time, in order. */
+  serially<T>(step: () => Promise<T>): Promise<T> {
+    const result = this.#serial.then(step);
+    this.#serial = result.catch(() => undefined);
+    return result;
+  }
+
+  /** Resolves when no thread has the image in hand. Changes that come meanwhile must be kept out by the gate. */
+  idle(): Promise<void> {
+    if (this.#locks.size === 0 && this.#reading === 0) return Promise.resolve();
+    return new Promise((resolve) => this.#idle.push(resolve));
+  }
+
+  // What is where
+
+  cache(request: IoRequest): void {
+    const first = blockAt(request.offset);
+    const end = blocksOf(request.offset + request.length);
+    if (this.keeps && this.presence !== null) this.supplier?.prefetch(first, end);
+    request.complete(Errno.OK);
+  }
+
+  status(request: StatusRequest): void {
+    const past = request.offset + request.length;
+    const allocation = request.context === BASE_ALLOCATION;
+    let extents = 0;
+    for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
+      const local = this.#localStretch(at, past);
+      if (!allocation) {
+        request.extent(local.end - at, local.present ? 1 : 2);
+        at = local.end;
+      } else if (!local.present) {
+        request.extent(local.end - at, 0); // its holes, if any, are at the source
+        at = local.end;
+      } else {
+        const stretch = this.image.stretch(at, local.end);
+        request.extent(stretch.end - at, stretch.hole ? Allocation.HOLE | Allocation.ZERO : 0);
+        at = stretch.end;
+      }
+    }
+    request.complete(Errno.OK);
+  }
+
+  #localStretch(at: number, past: number): { present: boolean; end: number } {
+    if (this.presence === null) return { present: true, end: past };
+    const block = blockAt(at);
+    const end = blocksOf(past);
+    const present = this.presence.has(block);
+    const next = present ? this.presence.nextMissing(block, end) : this.presence.nextPresent(block, end);
+    return { present, end: Math.min(next * BLOCK_BYTES, past) };
+  }
+}

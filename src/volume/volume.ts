@@ -1,0 +1,345 @@
+/**
+ * A volume: its blocks, and who may write them. The phases are those of the design's section 5.
+ *
+ * Invariants
+ * - Every change of phase is durable (volume.json) before it shows: before the gate opens, before it is answered.
+ *   Closing the gate comes first, in one synchronous step, so that no write slips in behind it.
+ * - Changes of phase run one after the other; each can be repeated after a crash with the same result.
+ * - Taking over raises the generation and makes this the only writer in one durable step. The first guest write is answered
+ *   only after `written` is durable, so that a retreat never throws an answered write away.
+ * - seal: gate closed -> threads idle -> image durable -> phase durable -> answered.
+ * - hand-off: all blocks here -> image and maps durable -> phase `plain` durable -> maps deleted.
+ * - retreat: phase `standby` and a new map epoch durable -> bits dropped. Died in between, the old bits count for nothing.
+ */
+import { unlinkSync } from 'node:fs';
+import { dirname } from 'node:path';
+import { BlockferryError } from '../errors.js';
+import { Errno } from '../nbd/constants.js';
+import { syncFolder } from './files.js';
+import type { Identity, IdentityFile } from './identity.js';
+import type { Image } from './image.js';
+import { allows, guestReads, type Phase, TRANSITIONS, type Transition } from './phase.js';
+import { bootId, type Presence } from './presence.js';
+import { BlockStore, type Gate, OPEN } from './store.js';
+
+/** Proof that no takeover of `generation`, or of an earlier one, stands or can happen at the destination. */
+export interface RetreatProof {
+  volumeId: string;
+  generation: number;
+}
+
+const REFUSED: Gate = { kind: 'refused', errno: Errno.EPERM };
+const CLOSED: Gate = { kind: 'refused', errno: Errno.ESHUTDOWN };
+
+/** How often changed maps become durable when no flush asks for it. */
+const COMMIT_INTERVAL_MS = 5_000;
+
+export class Volume {
+  readonly store: BlockStore;
+  #last: Promise<unknown> = Promise.resolve();
+  #closed = false;
+  #timer: NodeJS.Timeout | undefined;
+  /** Told of every change of phase, and when `written` became true, after it happened. */
+  onChange: (() => void) | null = null;
+
+  /** Use `openVolume` and its kin in open.ts. */
+  constructor(
+    readonly identity: IdentityFile,
+    image: Image,
+    presence: Presence | null,
+  ) {
+    this.store = new BlockStore(image, presence, identity.current.mapEpoch);
+    this.#enter();
+    if (presence !== null) {
+      this.#timer = setInterval(() => {
+        if (this.store.presence?.changed && this.store.failure === null) void this.store.commit();
+      }, COMMIT_INTERVAL_MS);
+      this.#timer.unref();
+    }
+  }
+
+  get name(): string {
+    return this.identity.current.name;
+  }
+
+  get id(): string {
+    return this.identity.current.id;
+  }
+
+  get phase(): Phase {
+    return this.identity.current.phase;
+  }
+
+  get generation(): number {
+    return this.identity.current.generation;
+  }
+
+  get size(): number {
+    return this.store.image.size;
+  }
+
+  get readOnly(): boolean {
+    return this.store.image.readOnly;
+  }
+
+  /** Whether reads by the guest are answered. */
+  get readable(): boolean {
+    return !this.#closed && guestReads(this.phase);
+  }
+
+  /** The machine is known to run here: no way back, and the hand-off may come. */
+  get settled(): boolean {
+    return this.identity.current.written;
+  }
+
+  /** Makes what is allowed follow the phase. */
+  #enter(): void {
+    this.store.keeps = this.phase === 'relocating';
+    this.store.setGate(this.#gate());
+    this.onChange?.();
+  }
+
+  #gate(): Gate {
+    const { phase, written, takesOverAtWrite } = this.identity.current;
+    if (this.#closed) return CLOSED;
+    if (this.readOnly) return REFUSED;
+    switch (phase) {
+      case 'plain':
+        return OPEN;
+      case 'relocating':
+        return written ? OPEN : { kind: 'ask', ask: () => this.settle() };
+      case 'standby':
+        return takesOverAtWrite ? { kind: 'ask', ask: () => this.#takeOverAtWrite() } : REFUSED;
+      case 'sealed':
+      case 'retired':
+        return REFUSED;
+    }
+  }
+
+  #serially<T>(step: () => Promise<T>): Promise<T> {
+    const result = this.#last.then(() => {
+      if (this.#closed) throw new BlockferryError('closed', `volume ${this.name} is closed`);
+      return step();
+    });
+    this.#last = result.catch(() => undefined);
+    return result;
+  }
+
+  #require(transition: Transition, because = ''): void {
+    if (allows(this.phase, transition)) return;
+    const { from } = TRANSITIONS[transition];
+    throw new BlockferryError(
+      'phase',
+      `volume ${this.name} is ${this.phase}, not ${from}${because}: ${transition} refused`,
+    );
+  }
+
+  #requireNewer(generation: number): void {
+    if (generation > this.generation) return;
+    throw new BlockferryError(
+      'generation',
+      `generation ${generation} of volume ${this.name} is stale, it has seen ${this.generation}: plan the move anew`,
+    );
+  }
+
+  async #change(change: Partial<Identity>): Promise<void> {
+    await this.identity.update(change);
+    this.#enter();
+  }
+
+  // Source side
+
+  seal(generation: number): Promise<void> {
+    return this.#serially(async () => {
+      if (this.phase === 'sealed' && this.identity.current.sealedFor === generation) return;
+      this.#require(
+        'seal',
+        this.phase === 'sealed' ? ` (for generation ${this.identity.current.sealedFor})` : '',
+      );
+      this.#requireNewer(generation);
+      this.store.setGate(REFUSED);
+      try {
+        await this.store.idle();
+        if ((await this.store.commit()) !== Errno.OK) throw this.store.failure;
+        await this.identity.update({ phase: 'sealed', sealedFor: generation });
+      } finally {
+        this.#enter();
+      }
+    });
+  }
+
+  unseal(proof: RetreatProof): Promise<void> {
+    return this.#serially(async () => {
+      const { phase, generation, sealedFor } = this.identity.current;
+      if (proof.volumeId !== this.id) {
+        throw new BlockferryError(
+          'generation',
+          `the proof is for volume ${proof.volumeId}, not ${this.id}: unseal refused`,
+        );
+      }
+      if (phase === 'plain' && generation >= proof.generation) return;
+      this.#require('unseal');
+      if (sealedFor !== null && proof.generation < sealedFor) {
+        throw new BlockferryError(
+          'generation',
+          `the proof covers generation ${proof.generation}, but ${this.name} is sealed for ${sealedFor}: unseal refused`,
+        );
+      }
+      await this.#change({
+        phase: 'plain',
+        generation: Math.max(generation, proof.generation),
+        sealedFor: null,
+      });
+    });
+  }
+
+  retire(options: { deleteImage: boolean }): Promise<void> {
+    return this.#serially(async () => {
+      if (this.phase !== 'retired') {
+        this.#require('retire');
+        await this.#change({ phase: 'retired' });
+      }
+      if (options.deleteImage && !this.store.image.blockDevice) await this.#deleteImage();
+    });
+  }
+
+  // Destination side
+
+  takeover(generation = this.generation + 1): Promise<{ generation: number }> {
+    return this.#serially(async () => {
+      const repeated =
+        this.generation === generation && (this.phase === 'relocating' || this.phase === 'plain');
+      if (!repeated) {
+        this.#require('takeover');
+        this.#requireNewer(generation);
+        // Without a coordinator nobody will ask for a retreat, and nobody says later that the machine runs here.
+        const written = this.identity.current.takesOverAtWrite;
+        await this.#change({ phase: 'relocating', generation, written });
+        this.store.retryParked();
+      }
+      return { generation };
+    });
+  }
+
+  #takeOverAtWrite(): Promise<void> {
+    return this.#serially(async () => {
+      if (this.phase !== 'standby') return;
+      await this.#change({ phase: 'relocating', generation: this.generation + 1, written: true });
+      this.store.retryParked();
+    });
+  }
+
+  /** The machine runs here: from now on there is only forward. */
+  settle(): Promise<void> {
+    return this.#serially(async () => {
+      if (this.phase === 'plain' || this.identity.current.written) return;
+      if (this.phase !== 'relocating') {
+        throw new BlockferryError('phase', `volume ${this.name} is ${this.phase}: no machine runs on it`);
+      }
+      await this.#change({ written: true });
+    });
+  }
+
+  retreat(): Promise<RetreatProof> {
+    return this.#serially(async () => {
+      const proof = { volumeId: this.id, generation: this.generation };
+      if (this.phase === 'standby') return proof;
+      this.#require('retreat');
+      if (this.settled) {
+        throw new BlockferryError(
+          'phase',
+          `the machine has written to ${this.name} since the takeover: retreat refused`,
+        );
+      }
+      const epoch = this.identity.current.mapEpoch + 1;
+      await this.identity.update({ phase: 'standby', mapEpoch: epoch });
+      await this.store.serially(async () => {
+        this.store.presence?.drop(epoch);
+        this.store.epoch = epoch;
+        this.#enter();
+      });
+      this.store.retryParked();
+      return proof;
+    });
+  }
+
+  /** All blocks are here: the volume becomes plain and its maps go. False while that cannot be yet. */
+  handOff(): Promise<boolean> {
+    return this.#serially(async () => {
+      if (this.phase === 'plain') return true;
+      if (this.phase !== 'relocating' || !this.settled || !this.store.presence?.complete) return false;
+      if ((await this.store.commit()) !== Errno.OK) throw this.store.failure;
+      await this.identity.update({
+        phase: 'plain',
+        source: null,
+        openBootId: null,
+        handoffAt: new Date().toISOString(),
+      });
+      await this.store.serially(async () => {
+        this.store.presence?.remove();
+        this.store.presence = null;
+        this.#enter();
+      });
+      clearInterval(this.#timer);
+      return true;
+    });
+  }
+
+  /** Standby -> gone: maps, identity, and the image if it was made for the move. The volume is closed then. */
+  cancel(): Promise<RetreatProof> {
+    return this.#serially(async () => {
+      if (this.phase !== 'standby') {
+        throw new BlockferryError(
+          'phase',
+          `volume ${this.name} is ${this.phase}, not standby: cancel refused`,
+        );
+      }
+      const proof = { volumeId: this.id, generation: this.generation + 1 };
+      await this.#shut();
+      const { imageCreated } = this.identity.current;
+      if (imageCreated) await this.#deleteImage();
+      this.store.presence?.remove();
+      await this.identity.remove();
+      this.store.image.close();
+      return proof;
+    });
+  }
+
+  async #deleteImage(): Promise<void> {
+    const { path } = this.store.image;
+    try {
+      unlinkSync(path);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
+    }
+    await syncFolder(dirname(path));
+  }
+
+  async #shut(): Promise<void> {
+    this.#closed = true;
+    clearInterval(this.#timer);
+    this.store.setGate(CLOSED);
+    this.store.giveUp(0, this.store.blocks, Errno.ESHUTDOWN);
+    await this.store.idle();
+  }
+
+  /** Makes all durable and lets go of the image. The sessions must be gone. */
+  close(): Promise<void> {
+    if (this.#closed) return this.#last.then(() => undefined);
+    return this.#serially(async () => {
+      await this.#shut();
+      const durable = (await this.store.commit()) === Errno.OK;
+      if (this.store.presence !== null) {
+        this.store.presence.close();
+        if (durable) await this.identity.update({ openBootId: null });
+      }
+      this.store.image.close();
+      if (!durable && !this.readOnly) throw this.store.failure;
+    });
+  }
+
+  /** The maps are about to be used: should this process die, in this boot presence.live is the truth. */
+  async markOpen(): Promise<void> {
+    if (this.store.presence !== null) await this.identity.update({ openBootId: bootId() });
+  }
+}
