@@ -1,5 +1,6 @@
-// Reads the arguments of one call from JavaScript. The first wrong one leaves a TypeError or RangeError pending and makes
-// `ok` false; a binding reads all it needs and checks `ok` once. Nothing is allocated unless something is wrong.
+// Reads the arguments of one call from JavaScript. The first wrong one leaves a TypeError or RangeError
+// pending and makes `ok` false; a binding reads all it needs and checks `ok` once. Nothing is allocated
+// unless something is wrong.
 #pragma once
 
 #include <node_api.h>

@@ -1,8 +1,9 @@
-// The border to JavaScript. src/native/index.ts documents what each function takes and answers; here arguments become plain
-// values, and results numbers: a count or offset >= 0, or -errno. Only wrong arguments throw.
+// The border to JavaScript. src/native/index.ts documents what each function takes and answers; here
+// arguments become plain values, and results numbers: a count or offset >= 0, or -errno. Only wrong arguments
+// throw.
 //
-// There is no state besides two kinds of handles: a Job lives from its call to its answer, a Mapping as long as its
-// ArrayBuffer. The addon can be loaded by any number of worker threads.
+// There is no state besides two kinds of handles: a Job lives from its call to its answer, a Mapping as long
+// as its ArrayBuffer. The addon can be loaded by any number of worker threads.
 
 #include <node_api.h>
 
@@ -52,8 +53,8 @@ napi_value Pwrite(napi_env env, napi_callback_info info) {
 
 // ---- Shared mappings
 
-// Two own it: the memory's finalizer (the ArrayBuffer's storage is gone) and the wrapped ArrayBuffer object, by which
-// `unmap` finds it. Both run on the thread of their environment.
+// Two own it: the memory's finalizer (the ArrayBuffer's storage is gone) and the wrapped ArrayBuffer object,
+// by which `unmap` finds it. Both run on the thread of their environment.
 struct Mapping {
   void* address;  // nullptr once unmapped
   size_t length;

@@ -51,8 +51,8 @@ inline uint64_t countBytes(const uint8_t* at, size_t bytes) {
 inline uint64_t countBytes(const uint8_t* at, size_t bytes) { return countBytesPlain(at, bytes); }
 #endif
 
-// A range as whole bytes between two partly covered ones. A mask of 0: no such byte; then it must not be touched, it may lie
-// behind the map.
+// A range as whole bytes between two partly covered ones. A mask of 0: no such byte; then it must not be
+// touched, it may lie behind the map.
 struct Parts {
   size_t headByte;
   uint8_t headMask;

@@ -1,5 +1,5 @@
-// Bitmaps: bit i is bit i & 7 (least significant first) of byte i >> 3. Ranges [from, to) are bits; callers have checked
-// that from <= to and that the map has `to` bits. No alignment is asked of the map.
+// Bitmaps: bit i is bit i & 7 (least significant first) of byte i >> 3. Ranges [from, to) are bits; callers
+// have checked that from <= to and that the map has `to` bits. No alignment is asked of the map.
 #pragma once
 
 #include <cstddef>

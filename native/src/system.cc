@@ -15,9 +15,11 @@ namespace {
 
 // One write of zeros when the kernel cannot zero a range itself.
 constexpr size_t kZeroPieceBytes = 1 << 20;
-// Linux block devices have logical blocks of a page at most: every one takes ranges aligned to this or the page size.
+// Linux block devices have logical blocks of a page at most: every one takes ranges aligned to this or the
+// page size.
 constexpr uint64_t kDeviceBlockBytes = 4096;
-// Most bytes one read or write moves on Linux (MAX_RW_COUNT); asking for more only invites EINVAL from odd file systems.
+// Most bytes one read or write moves on Linux (MAX_RW_COUNT); asking for more only invites EINVAL from odd
+// file systems.
 constexpr size_t kTransferBytesMax = 0x7ffff000;
 
 // Never written to. Not const, so that it costs no space in the file.
@@ -52,8 +54,8 @@ bool isBlockDevice(int fd) {
   return ::fstat(fd, &status) == 0 && S_ISBLK(status.st_mode);
 }
 
-// fallocate in a mode that leaves zeros. Block devices refuse ranges that are not whole logical blocks: of them, the whole
-// blocks are done this way and the edges are written.
+// fallocate in a mode that leaves zeros. Block devices refuse ranges that are not whole logical blocks: of
+// them, the whole blocks are done this way and the edges are written.
 int64_t fallocateZeros(int fd, int mode, uint64_t offset, uint64_t length) {
   if (!isBlockDevice(fd)) return fallocateOnce(fd, mode, offset, length);
   const uint64_t unit = std::max(kDeviceBlockBytes, static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)));
@@ -71,7 +73,8 @@ int64_t punch(int fd, uint64_t offset, uint64_t length) {
   return fallocateZeros(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
 }
 
-// The kernel could not do it this way, which says nothing about other ways. EBUSY: a block device's cached pages were in use.
+// The kernel could not do it this way, which says nothing about other ways. EBUSY: a block device's cached
+// pages were in use.
 bool otherWayMayWork(int64_t result) {
   return result == -EOPNOTSUPP || result == -EINVAL || result == -EBUSY || result == -ENOSYS || result == -ENODEV;
 }
@@ -121,8 +124,8 @@ int64_t writeAll(int fd, const uint8_t* data, size_t length, uint64_t offset) {
 
 int64_t punchHole(int fd, uint64_t offset, uint64_t length) {
   if (length == 0) return 0;
-  // Linux drops a device's cached pages, dirty ones too, before it learns that the device cannot do it (blkdev_fallocate):
-  // what was written and not yet synced would be lost although nothing was punched.
+  // Linux drops a device's cached pages, dirty ones too, before it learns that the device cannot do it
+  // (blkdev_fallocate): what was written and not yet synced would be lost although nothing was punched.
   if (isBlockDevice(fd)) {
     constexpr unsigned kWriteOut = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
     const int64_t synced = retried(
@@ -146,7 +149,8 @@ int64_t zeroRange(int fd, uint64_t offset, uint64_t length, bool keepHole) {
 
 int64_t allocate(int fd, uint64_t offset, uint64_t length) {
   if (length == 0) return 0;
-  // Not posix_fallocate: its fallback reads and rewrites a byte per block, and would lose what others write meanwhile.
+  // Not posix_fallocate: its fallback reads and rewrites a byte per block, and would lose what others write
+  // meanwhile.
   const int64_t result = fallocateOnce(fd, 0, offset, length);
   if (result >= 0) return result;
   if (!isBlockDevice(fd)) return result;

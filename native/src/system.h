@@ -1,5 +1,6 @@
 // The system calls Node lacks. No N-API here: every function answers a count or offset >= 0, or -errno.
-// Ranges are bytes; callers have checked that offset and length are not above 2^53, so that their sum fits off_t.
+// Ranges are bytes; callers have checked that offset and length are not above 2^53, so that their sum fits
+// off_t.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +8,8 @@
 
 namespace blockferry {
 
-// One pread; may be short, 0 at the end of the file. With nowait only what needs no waiting (RWF_NOWAIT), else -EAGAIN;
-// -EOPNOTSUPP where the file system does not know how.
+// One pread; may be short, 0 at the end of the file. With nowait only what needs no waiting (RWF_NOWAIT),
+// else -EAGAIN; -EOPNOTSUPP where the file system does not know how.
 int64_t readSome(int fd, uint8_t* data, size_t length, uint64_t offset, bool nowait);
 // Reads until length or the end of the file.
 int64_t readAll(int fd, uint8_t* data, size_t length, uint64_t offset);
@@ -30,8 +31,8 @@ int64_t duplicate(int fd);
 int64_t socketPair(int pair[2]);
 int64_t closeFd(int fd);
 
-// Maps the file's first bytes, read-write and shared. -EOVERFLOW if the file is shorter: touching what is behind its end
-// would be a SIGBUS.
+// Maps the file's first bytes, read-write and shared. -EOVERFLOW if the file is shorter: touching what is
+// behind its end would be a SIGBUS.
 int64_t mapShared(int fd, size_t length, void** address);
 void unmap(void* address, size_t length);
 

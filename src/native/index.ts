@@ -1,12 +1,13 @@
 /**
- * The system calls Node lacks, and scans of bitmaps (native/src). The hot ones are the addon's own functions, without a
- * wrapper around them.
+ * The system calls Node lacks, and scans of bitmaps (native/src). The hot ones are the addon's own
+ * functions, without a wrapper around them.
  *
- * Conventions: `fd` is an open descriptor that the caller keeps open until the answer is there. Offsets and lengths are
- * bytes, whole numbers from 0 to 2^53 - 1. `buffer, at, length` is the part [at, at + length) of a Uint8Array; out of the
- * array is a RangeError, anything else that is wrong with an argument a RangeError or TypeError. What the kernel refuses is
- * no exception on the data path: those functions answer a count or offset >= 0, or -errno (ERRNO, `systemError`). Calls
- * that a signal interrupted are repeated.
+ * Conventions: `fd` is an open descriptor that the caller keeps open until the answer is there. Offsets
+ * and lengths are bytes, whole numbers from 0 to 2^53 - 1. `buffer, at, length` is the part [at, at +
+ * length) of a Uint8Array; out of the array is a RangeError, anything else that is wrong with an argument
+ * a RangeError or TypeError. What the kernel refuses is no exception on the data path: those functions
+ * answer a count or offset >= 0, or -errno (ERRNO, `systemError`). Calls that a signal interrupted are
+ * repeated.
  */
 import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
@@ -70,16 +71,19 @@ function load(): Addon {
 
 const addon = load();
 
-/** The error of a call that answered `result` = -errno: `code` ('ENOSPC'), `errno` (negative) and `syscall` as Node's own have them. */
+/**
+ * The error of a call that answered `result` = -errno: `code` ('ENOSPC'), `errno` (negative) and `syscall`
+ * as Node's own have them.
+ */
 export function systemError(syscall: string, result: number): NodeJS.ErrnoException {
   const code = getSystemErrorName(result);
   return Object.assign(new Error(`${syscall} failed: ${code}`), { code, errno: result, syscall });
 }
 
 /**
- * Reads once at `offset` -> bytes read, fewer than `length` where the file ends (0 behind the end) or the kernel stops, or -errno.
- * `nowait` reads only what is in the page cache (preadv2 with RWF_NOWAIT): what is not gives a short count or -EAGAIN;
- * -EOPNOTSUPP where the file system does not know the flag.
+ * Reads once at `offset` -> bytes read, fewer than `length` where the file ends (0 behind the end) or the
+ * kernel stops, or -errno. `nowait` reads only what is in the page cache (preadv2 with RWF_NOWAIT): what
+ * is not gives a short count or -EAGAIN; -EOPNOTSUPP where the file system does not know the flag.
  */
 export const pread = addon.pread;
 
@@ -87,8 +91,9 @@ export const pread = addon.pread;
 export const pwrite = addon.pwrite;
 
 /**
- * Reads on libuv's pool until `length` or the end of the file -> bytes read, or -errno. The memory belongs to the call until
- * the answer: it must not be transferred away meanwhile, and cannot be of `mapShared` (TypeError).
+ * Reads on libuv's pool until `length` or the end of the file -> bytes read, or -errno. The memory belongs
+ * to the call until the answer: it must not be transferred away meanwhile, and cannot be of `mapShared`
+ * (TypeError).
  */
 export const readAsync = addon.readAsync;
 
@@ -96,39 +101,51 @@ export const readAsync = addon.readAsync;
 export const writeAsync = addon.writeAsync;
 
 /**
- * Gives the range back to the file system; it reads as zeros then, and the file keeps its size -> 0, or -errno: -EOPNOTSUPP
- * where holes are not known, and then nothing has changed. Block devices give back whole blocks of a page; the rest of the
- * range is written with zeros. On libuv's pool.
+ * Gives the range back to the file system; it reads as zeros then, and the file keeps its size -> 0, or
+ * -errno: -EOPNOTSUPP where holes are not known, and then nothing has changed. Block devices give back
+ * whole blocks of a page; the rest of the range is written with zeros. On libuv's pool.
  */
 export const punchHole = addon.punchHole;
 
 /**
- * Makes the range, which must be within the file, read as zeros -> 0, or -errno. With `keepHole` the range may become a hole; without,
- * it has its space reserved afterwards. Uses what the file system or device can do best, and writes zeros where it can do nothing.
- * On libuv's pool.
+ * Makes the range, which must be within the file, read as zeros -> 0, or -errno. With `keepHole` the range
+ * may become a hole; without, it has its space reserved afterwards. Uses what the file system or device
+ * can do best, and writes zeros where it can do nothing. On libuv's pool.
  */
 export const zeroRange = addon.zeroRange;
 
 /**
- * Reserves the space of the range, leaving its data as it is, and grows the file to its end -> 0, or -errno; -EOPNOTSUPP where the file
- * system cannot. (glibc's posix_fallocate would write there, and may lose what others write at that time.) Block devices
- * have their space: -ENOSPC behind their end. On libuv's pool.
+ * Reserves the space of the range, leaving its data as it is, and grows the file to its end -> 0, or
+ * -errno; -EOPNOTSUPP where the file system cannot. (glibc's posix_fallocate would write there, and may
+ * lose what others write at that time.) Block devices have their space: -ENOSPC behind their end. On
+ * libuv's pool.
  */
 export const allocate = addon.allocate;
 
 /** Data and what is needed to find it again are on stable storage -> 0, or -errno. On libuv's pool. */
 export const fdatasync = addon.fdatasync;
 
-/** Start of the next data at or behind `offset`, or -errno; -ENXIO if there is none. Block devices are all data. */
+/**
+ * Start of the next data at or behind `offset`, or -errno; -ENXIO if there is none. Block devices are all
+ * data.
+ */
 export const seekData = addon.seekData;
 
-/** Start of the next hole at or behind `offset` (the end of the file counts as one), or -errno; -ENXIO from the end on. */
+/**
+ * Start of the next hole at or behind `offset` (the end of the file counts as one), or -errno; -ENXIO from
+ * the end on.
+ */
 export const seekHole = addon.seekHole;
 
-/** Size of a file or block device in bytes, or -errno. Moves the descriptor's position, which nothing here uses. */
+/**
+ * Size of a file or block device in bytes, or -errno. Moves the descriptor's position, which nothing here
+ * uses.
+ */
 export const seekEnd = addon.seekEnd;
 
-/** How many bits of [from, to) are 1. Here and below bit i is bit i & 7, least significant first, of byte i >> 3. */
+/**
+ * How many bits of [from, to) are 1. Here and below bit i is bit i & 7 of byte i >> 3, least significant first.
+ */
 export const countOnes = addon.countOnes;
 
 /** The first 0 bit of [from, to), or `to`. */
@@ -144,18 +161,20 @@ export const setRange = addon.setRange;
 export const clearRange = addon.clearRange;
 
 /**
- * Takes a lock on the whole file for the open file description of `fd` (F_OFD_SETLK): until its last duplicate is closed, however many
- * others open and close the file. Can be repeated, also to change between exclusive and shared -> false if somebody else's lock is
- * in the way. @throws systemError: EBADF if the lock is exclusive and `fd` not writable.
+ * Takes a lock on the whole file for the open file description of `fd` (F_OFD_SETLK): until its last
+ * duplicate is closed, however many others open and close the file. Can be repeated, also to change
+ * between exclusive and shared -> false if somebody else's lock is in the way. @throws systemError: EBADF
+ * if the lock is exclusive and `fd` not writable.
  */
 export function lockFile(fd: number, exclusive: boolean): boolean {
   return checked('fcntl', addon.lockFile(fd, exclusive)) === 1;
 }
 
 /**
- * The first `length` bytes (1 to 2^31) of a file, mapped shared and writable; unmapped by `unmap`, or when it is collected. The file must
- * not be truncated meanwhile, and its space should be reserved before (`allocate`): the kernel answers access to what it cannot provide with SIGBUS,
- * which ends the process. @throws systemError: EOVERFLOW if the file is shorter, EACCES if `fd` is not open for both.
+ * The first `length` bytes (1 to 2^31) of a file, mapped shared and writable; unmapped by `unmap`, or when
+ * it is collected. The file must not be truncated meanwhile, and its space should be reserved before
+ * (`allocate`): the kernel answers access to what it cannot provide with SIGBUS, which ends the process.
+ * @throws systemError: EOVERFLOW if the file is shorter, EACCES if `fd` is not open for both.
  */
 export function mapShared(fd: number, length: number): Uint8Array {
   const view = addon.mapShared(fd, length);
@@ -165,7 +184,10 @@ export function mapShared(fd: number, length: number): Uint8Array {
   return view;
 }
 
-/** Ends a mapping at once: the view, and all others of its ArrayBuffer, have length 0 then. Does nothing the second time. */
+/**
+ * Ends a mapping at once: the view, and all others of its ArrayBuffer, have length 0 then. Does nothing
+ * the second time.
+ */
 export const unmap = addon.unmap;
 
 /** Another descriptor of the same open file description, close-on-exec. @throws systemError */

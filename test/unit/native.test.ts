@@ -1,3 +1,4 @@
+/** The addon's calls one by one (holes and mappings have files of their own), its arguments, its loader. */
 import assert from 'node:assert/strict';
 import { spawnSync } from 'node:child_process';
 import {
@@ -5,75 +6,20 @@ import {
   copyFileSync,
   existsSync,
   fstatSync,
-  ftruncateSync,
   mkdirSync,
-  mkdtempSync,
   openSync,
   readFileSync,
   readSync,
-  rmSync,
   writeFileSync,
   writeSync,
 } from 'node:fs';
-import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
-import { after, describe, test } from 'node:test';
-import { fileURLToPath } from 'node:url';
+import { describe, test } from 'node:test';
 import { Worker } from 'node:worker_threads';
 import * as native from '../../src/native/index.js';
+import { child, folderIn, loader, MIB, opened, patterned, sparse } from './native-fixtures.js';
 
 const { ERRNO } = native;
-const MIB = 1 << 20;
-const loader = fileURLToPath(new URL('../../src/native/index.js', import.meta.url));
-
-const folders: string[] = [];
-const descriptors: number[] = [];
-after(() => {
-  for (const fd of descriptors) closeSync(fd);
-  for (const folder of folders) rmSync(folder, { recursive: true, force: true });
-});
-
-function folderIn(parent = tmpdir()): string {
-  const folder = mkdtempSync(join(parent, 'blockferry-native-'));
-  folders.push(folder);
-  return folder;
-}
-
-function opened(path: string, flags: string): number {
-  const fd = openSync(path, flags);
-  descriptors.push(fd);
-  return fd;
-}
-
-/** A new file of `bytes` bytes 1, 2, 3, ..., 250, 1, ... (never 0). */
-function patterned(bytes: number, parent?: string): { path: string; fd: number; content: Buffer } {
-  const path = join(folderIn(parent), 'image');
-  const content = Buffer.from(Uint8Array.from({ length: bytes }, (_, i) => (i % 250) + 1));
-  writeFileSync(path, content);
-  return { path, fd: opened(path, 'r+'), content };
-}
-
-/** Runs a module's text in a child process; the addon's loader is `native` there. */
-function child(
-  script: string,
-  ...flags: string[]
-): { status: number | null; stdout: string; stderr: string } {
-  const text = `import * as native from ${JSON.stringify(loader)};\n${script}`;
-  return spawnSync(
-    'setpriv',
-    ['--pdeathsig', 'KILL', '--', process.execPath, ...flags, '--input-type=module', '-e', text],
-    {
-      encoding: 'utf8',
-      timeout: 60_000,
-    },
-  );
-}
-
-function sparse(bytes: number, parent?: string): number {
-  const fd = opened(join(folderIn(parent), 'sparse'), 'w+');
-  ftruncateSync(fd, bytes);
-  return fd;
-}
 
 describe('pread and pwrite', () => {
   test('read a part into a part of the buffer', () => {
@@ -208,154 +154,6 @@ describe('readAsync and writeAsync', () => {
   });
 });
 
-/** Both kinds of file system at hand: one that zeroes ranges itself (ext4), one that does not (tmpfs). */
-const places = [tmpdir(), '/dev/shm'].filter((path) => existsSync(path));
-
-for (const place of places) {
-  describe(`holes and zeros in ${place}`, () => {
-    const from = 4096 + 100;
-    const length = 5 * MIB + 33;
-
-    test('punchHole: zeros, no space, same size', async () => {
-      const { path, fd, content } = patterned(8 * MIB, place);
-      const before = fstatSync(fd).blocks;
-      const result = await native.punchHole(fd, from, length);
-      if (result === -ERRNO.EOPNOTSUPP) return;
-      assert.equal(result, 0);
-      content.fill(0, from, from + length);
-      assert.ok(readFileSync(path).equals(content));
-      assert.ok(fstatSync(fd).blocks < before);
-      assert.equal(await native.punchHole(fd, 7 * MIB, 4 * MIB), 0);
-      assert.equal(native.seekEnd(fd), 8 * MIB);
-      assert.equal(await native.punchHole(fd, 0, 0), 0);
-    });
-
-    for (const keepHole of [false, true]) {
-      test(`zeroRange, keepHole ${keepHole}: zeros, and its neighbours untouched`, async () => {
-        const { path, fd, content } = patterned(8 * MIB, place);
-        assert.equal(await native.zeroRange(fd, from, length, keepHole), 0);
-        content.fill(0, from, from + length);
-        assert.ok(readFileSync(path).equals(content));
-        assert.equal(await native.zeroRange(fd, 0, 0, keepHole), 0);
-      });
-
-      test(`zeroRange, keepHole ${keepHole}: of a range that was a hole`, async () => {
-        const fd = sparse(8 * MIB, place);
-        assert.equal(await native.zeroRange(fd, MIB, 4 * MIB, keepHole), 0);
-        const allocated = fstatSync(fd).blocks * 512;
-        if (keepHole) assert.ok(allocated < MIB, `${allocated} bytes allocated`);
-        else assert.ok(allocated >= 4 * MIB, `${allocated} bytes allocated`);
-        assert.equal(native.seekEnd(fd), 8 * MIB);
-      });
-    }
-
-    test('allocate: space, data kept, the file grown', async () => {
-      const fd = sparse(MIB, place);
-      assert.equal(writeSync(fd, 'kept', 100), 4);
-      assert.equal(await native.allocate(fd, 0, 3 * MIB), 0);
-      assert.ok(fstatSync(fd).blocks * 512 >= 3 * MIB);
-      assert.equal(native.seekEnd(fd), 3 * MIB);
-      const buffer = Buffer.alloc(4);
-      assert.equal(native.pread(fd, buffer, 0, 4, 100, false), 4);
-      assert.equal(buffer.toString(), 'kept');
-    });
-
-    test('seekData and seekHole walk the extents', () => {
-      const fd = sparse(8 * MIB, place);
-      native.pwrite(fd, Buffer.alloc(MIB, 1), 0, MIB, 2 * MIB);
-      assert.equal(native.seekData(fd, 0), 2 * MIB);
-      assert.equal(native.seekData(fd, 2 * MIB + 5), 2 * MIB + 5);
-      assert.equal(native.seekHole(fd, 0), 0);
-      assert.equal(native.seekHole(fd, 2 * MIB), 3 * MIB);
-      assert.equal(native.seekData(fd, 3 * MIB), -ERRNO.ENXIO);
-      assert.equal(native.seekHole(fd, 8 * MIB), -ERRNO.ENXIO);
-      native.pwrite(fd, Buffer.from([1]), 0, 1, 8 * MIB - 1);
-      assert.equal(native.seekHole(fd, 8 * MIB - 1), 8 * MIB);
-    });
-
-    test('fdatasync', async () => {
-      assert.equal(await native.fdatasync(patterned(10, place).fd), 0);
-    });
-  });
-}
-
-test('the asynchronous ones answer errors as -errno', async () => {
-  const bad = 2 ** 31 - 1;
-  const readOnly = opened(patterned(8192).path, 'r');
-  for (const fd of [bad, readOnly]) {
-    assert.equal(await native.punchHole(fd, 0, 4096), -ERRNO.EBADF);
-    assert.equal(await native.zeroRange(fd, 0, 4096, true), -ERRNO.EBADF);
-    assert.equal(await native.zeroRange(fd, 0, 4096, false), -ERRNO.EBADF);
-    assert.equal(await native.allocate(fd, 0, 4096), -ERRNO.EBADF);
-  }
-  assert.equal(await native.fdatasync(bad), -ERRNO.EBADF);
-  assert.equal(native.seekData(bad, 0), -ERRNO.EBADF);
-  assert.equal(native.seekEnd(bad), -ERRNO.EBADF);
-});
-
-describe('block devices', () => {
-  /** A loop device over `path` that goes with its last descriptor, or why there is none. */
-  function loop(path: string, sector: number): { fd: number } | { skip: string } {
-    const made = spawnSync('losetup', ['--find', '--show', '--sector-size', String(sector), path], {
-      encoding: 'utf8',
-    });
-    if (made.status !== 0) return { skip: `no loop device: ${made.error?.message ?? made.stderr.trim()}` };
-    const device = made.stdout.trim();
-    try {
-      return { fd: opened(device, 'r+') };
-    } finally {
-      spawnSync('losetup', ['--detach', device]);
-    }
-  }
-
-  for (const place of places) {
-    for (const sector of [512, 4096]) {
-      test(`over a file in ${place}, sectors of ${sector}`, async (t) => {
-        const { path, content } = patterned(8 * MIB, place);
-        const made = loop(path, sector);
-        if ('skip' in made) return t.skip(made.skip);
-        const { fd } = made;
-        assert.equal(native.seekEnd(fd), 8 * MIB);
-        assert.equal(native.seekData(fd, 5000), 5000);
-        assert.equal(native.seekHole(fd, 5000), 8 * MIB);
-        assert.equal(native.seekData(fd, 8 * MIB), -ERRNO.ENXIO);
-        assert.equal(native.seekHole(fd, 8 * MIB), -ERRNO.ENXIO);
-        assert.equal(await native.allocate(fd, MIB, 7 * MIB), 0);
-        assert.equal(await native.allocate(fd, MIB, 8 * MIB), -ERRNO.ENOSPC);
-
-        const same = (): boolean => {
-          const now = Buffer.alloc(8 * MIB);
-          assert.equal(native.pread(fd, now, 0, 8 * MIB, 0, false), 8 * MIB);
-          return now.equals(content);
-        };
-        const ranges: [number, number][] = [
-          [MIB, 64 * 1024], // whole blocks
-          [2 * MIB + 512, 64 * 1024], // edges inside a block
-          [3 * MIB + 100, 50], // inside one block
-          [4 * MIB - 1, 4097],
-        ];
-        for (const [offset, length] of ranges) {
-          for (const keepHole of [true, false]) {
-            content.fill(7, offset, offset + length);
-            assert.equal(native.pwrite(fd, content, offset, length, offset), length);
-            assert.equal(await native.zeroRange(fd, offset, length, keepHole), 0);
-            content.fill(0, offset, offset + length);
-            assert.ok(same(), `${offset} + ${length}, keepHole ${keepHole}`);
-          }
-        }
-        // Dirty pages, which a device that cannot punch must not cost us.
-        content.fill(9, 6 * MIB, 8 * MIB);
-        assert.equal(native.pwrite(fd, content, 6 * MIB, 2 * MIB, 6 * MIB), 2 * MIB);
-        const punched = await native.punchHole(fd, 6 * MIB + 512, MIB);
-        assert.ok(punched === 0 || punched === -ERRNO.EOPNOTSUPP, `answered ${punched}`);
-        if (punched === 0) content.fill(0, 6 * MIB + 512, 7 * MIB + 512);
-        assert.ok(same());
-        assert.equal(await native.fdatasync(fd), 0);
-      });
-    }
-  }
-});
-
 describe('lockFile', () => {
   test('keeps other descriptions out, in this process too, until it is closed', () => {
     const { path, fd } = patterned(10);
@@ -395,127 +193,6 @@ describe('lockFile', () => {
       errno: -ERRNO.EBADF,
     });
     assert.equal(native.lockFile(readOnly, false), true);
-  });
-});
-
-describe('mapShared', () => {
-  test('shows the file, and the file shows it', () => {
-    const { fd, content } = patterned(10_000);
-    const view = native.mapShared(fd, 9_000);
-    assert.equal(view.length, 9_000);
-    assert.ok(Buffer.from(view).equals(content.subarray(0, 9_000)));
-    view[8_999] = 99;
-    const buffer = Buffer.alloc(2);
-    readSync(fd, buffer, 0, 2, 8_998);
-    assert.deepEqual([...buffer], [content[8_998], 99]);
-    native.pwrite(fd, Buffer.from([42]), 0, 1, 5);
-    assert.equal(view[5], 42);
-    assert.equal(native.setRange(view, 0, 8), 8 - native.countOnes(content.subarray(0, 1), 0, 8));
-    assert.equal(native.pread(fd, view, 0, 4, 4, false), 4);
-    native.unmap(view);
-  });
-
-  test('is over at once with unmap, for all views, and only once', () => {
-    const { path, fd } = patterned(8192);
-    const inode = String(fstatSync(fd).ino);
-    const mapped = (): boolean =>
-      readFileSync('/proc/self/maps', 'utf8')
-        .split('\n')
-        .some((line) => line.endsWith(path) && line.includes(inode));
-    const view = native.mapShared(fd, 8192);
-    const part = view.subarray(10, 20);
-    assert.ok(mapped());
-    native.unmap(part);
-    assert.ok(!mapped());
-    assert.equal(view.length, 0);
-    assert.equal(view[0], undefined);
-    assert.equal(part.length, 0);
-
-    // Another mapping may get the same address: neither the second call nor the collector may touch it.
-    const next = native.mapShared(fd, 8192);
-    native.unmap(view);
-    native.unmap(part);
-    assert.ok(mapped());
-    assert.equal(next[1], 2);
-    native.unmap(next);
-    assert.throws(() => native.countOnes(next, 0, 1), RangeError);
-  });
-
-  test('survives its descriptor, and the thread it was made on', async () => {
-    const { path } = patterned(4096);
-    const fd = openSync(path, 'r+');
-    const view = native.mapShared(fd, 4096);
-    closeSync(fd);
-    assert.equal(view[3], 4);
-    native.unmap(view);
-    const text = `
-      const { workerData } = require('node:worker_threads');
-      import(workerData.loader).then((native) => {
-        const fd = require('node:fs').openSync(workerData.path, 'r+');
-        native.unmap(native.mapShared(fd, 4096));
-        native.mapShared(fd, 4096)[0] = 77;
-      });`;
-    const worker = new Worker(text, { eval: true, workerData: { loader, path } });
-    const code = await new Promise((resolve, reject) => worker.once('exit', resolve).once('error', reject));
-    assert.equal(code, 0);
-    assert.equal(readFileSync(path)[0], 77);
-    assert.ok(!readFileSync('/proc/self/maps', 'utf8').includes(path));
-  });
-
-  test('is collected with its last view; what was unmapped before is not unmapped again', () => {
-    const { path } = patterned(64 * 1024);
-    const { status, stderr, stdout } = child(
-      `
-      import { openSync, readFileSync } from 'node:fs';
-      import { setImmediate as turn } from 'node:timers/promises';
-      const path = ${JSON.stringify(path)};
-      const fd = openSync(path, 'r+');
-      const count = () => readFileSync('/proc/self/maps', 'utf8').split(path).length - 1;
-      const settle = async (wanted) => {
-        const deadline = Date.now() + 10_000;
-        while (count() !== wanted && Date.now() < deadline) { gc(); await turn(); }
-        return count();
-      };
-      (() => { for (let i = 0; i < 20; i++) native.mapShared(fd, 65536)[i] = 200; })();
-      console.log(await settle(0));
-      (() => { for (let i = 0; i < 20; i++) native.unmap(native.mapShared(fd, 65536)); })();
-      // These take the addresses the others left behind.
-      const kept = Array.from({ length: 20 }, () => native.mapShared(fd, 65536));
-      for (let i = 0; i < 20; i++) { gc(); await turn(); }
-      console.log(count(), kept.every((view) => view[0] === 200));
-      const part = kept.pop().subarray(5, 6);
-      kept.length = 0;
-      console.log(await settle(1), part[0]);`,
-      '--expose-gc',
-    );
-    assert.equal(status, 0, stderr);
-    assert.equal(stdout, '0\n20 true\n1 200\n');
-  });
-
-  test('refuses what would end in a signal, and what is no mapping', async () => {
-    const { path, fd } = patterned(4096);
-    assert.throws(() => native.mapShared(fd, 4097), { code: 'EOVERFLOW', syscall: 'mmap' });
-    assert.throws(() => native.mapShared(fd, 0), { code: 'EINVAL' });
-    assert.throws(() => native.mapShared(opened(path, 'r'), 4096), { code: 'EACCES' });
-    assert.throws(() => native.mapShared(fd, 2 ** 31 + 1), RangeError);
-    assert.throws(() => native.unmap(new Uint8Array(4)), {
-      name: 'TypeError',
-      code: 'ERR_INVALID_ARG_VALUE',
-    });
-    assert.throws(() => native.unmap(null as unknown as Uint8Array), TypeError);
-    const view = native.mapShared(fd, 4096);
-    // The pool's thread must not be left with memory that unmap takes away.
-    assert.throws(() => native.readAsync(fd, view, 0, 1, 0), TypeError);
-    assert.throws(() => native.writeAsync(fd, view.subarray(1), 0, 1, 0), TypeError);
-    // Other threads cannot have it. (Node 20 makes a copy, later ones throw.)
-    try {
-      structuredClone(view, { transfer: [view.buffer as ArrayBuffer] })[0] = 66;
-    } catch (error) {
-      assert.equal((error as Error).name, 'DataCloneError');
-    }
-    assert.equal(view.length, 4096);
-    assert.equal(view[0], 1);
-    native.unmap(view);
   });
 });
 
