@@ -1,0 +1,399 @@
+/**
+ * An NBD client: one connection, any number of requests in flight, answers in any order.
+ *
+ * States: open -> draining (`close`, or the server shuts down: no new requests, those in flight are answered, then DISC) ->
+ * closed. Any fault of the server or the transport leads from each state straight to closed.
+ *
+ * Invariants: every request's promise is settled exactly once, at the latest when the connection closes. A read succeeds only
+ * when the server delivered each of its bytes exactly once. A buffer is touched only while its request is in flight.
+ */
+
+import type { Socket } from 'node:net';
+import { BlockferryError, messageOf } from '../../errors.js';
+import { type ListedExport, protocolError } from '../codec/client.js';
+import {
+  Command,
+  CommandFlag,
+  PAYLOAD_BYTES_DEFAULT,
+  PAYLOAD_BYTES_MAX,
+  TransmissionFlag,
+} from '../constants.js';
+import { parseNbdUri } from '../uri.js';
+import { type Connection, type ConnectLimits, openConnection, type Receiver } from './connect.js';
+import type { ExportInfo } from './handshake.js';
+import { ReplyReader } from './reply-reader.js';
+import { CLIENT_REQUESTS_MAX, type Extent, type PendingRequest, RequestTable } from './requests.js';
+import { RequestSender } from './sender.js';
+
+export type { ListedExport } from '../codec/client.js';
+export type { ExportInfo } from './handshake.js';
+export { type Extent, NbdReplyError } from './requests.js';
+
+/** How long `close` waits for answers, and then for the server to hang up, before it cuts the connection. */
+export const CLOSE_TIMEOUT_MS = 10_000;
+const U32_MAX = 0xffffffff;
+
+export interface NbdClientOptions extends ConnectLimits {
+  /** Metadata contexts to ask for; those the server agreed to are in `info.contexts`. */
+  readonly contexts?: readonly string[];
+  /** Fail ('source-io') rather than connect without structured replies. */
+  readonly requireStructured?: boolean;
+  /** A request unanswered for so long ends the connection ('timeout'). Default: none. Exact to an eighth. */
+  readonly requestTimeoutMs?: number;
+}
+
+export interface WriteOptions {
+  /** Answered only when the data is on stable storage. */
+  readonly fua?: boolean;
+}
+
+export interface ZeroOptions extends WriteOptions {
+  /** The range stays allocated. */
+  readonly noHole?: boolean;
+}
+
+/**
+ * All requests reject with a BlockferryError: 'source-io' when the server answered with an error (`cause` is an NbdReplyError
+ * with its errno), 'closed' when the connection ended first (`cause` says why), 'bounds' for what lies outside the export, is
+ * not aligned to `info.blockSize.minimum`, is longer than `payloadBytesMax`, or is one request too many; 'read-only'; and
+ * 'usage' for what the server does not offer. The last three never reach the server.
+ */
+export class NbdClient implements Receiver {
+  readonly info: ExportInfo;
+  /** Largest READ or WRITE, bytes: what the server advertised, else 32 MiB; never more than 64 MiB. Split longer ones. */
+  readonly payloadBytesMax: number;
+  /** Resolves when the connection is over: null after `close`, else why it ended. Never rejects. */
+  readonly closed: Promise<BlockferryError | null>;
+
+  readonly #socket: Socket;
+  readonly #peer: string;
+  readonly #table = new RequestTable();
+  readonly #reader: ReplyReader;
+  readonly #sender: RequestSender;
+  readonly #alignment: number;
+  #state: 'open' | 'draining' | 'closed' = 'open';
+  /** What `closed` will say after an orderly end. */
+  #drainReason: BlockferryError | null = null;
+  /** What requests are refused with from now on. */
+  #refusal: BlockferryError | null = null;
+  #resolveClosed!: (reason: BlockferryError | null) => void;
+  #drainTimer: NodeJS.Timeout | null = null;
+  #sweep: NodeJS.Timeout | null = null;
+
+  private constructor(connection: Connection, info: ExportInfo, requestTimeoutMs: number | undefined) {
+    this.info = info;
+    this.payloadBytesMax = Math.min(info.blockSize?.maximum ?? PAYLOAD_BYTES_DEFAULT, PAYLOAD_BYTES_MAX);
+    this.closed = new Promise((resolve) => {
+      this.#resolveClosed = resolve;
+    });
+    this.#socket = connection.socket;
+    this.#peer = connection.peer;
+    this.#alignment = info.blockSize?.minimum ?? 1;
+    this.#sender = new RequestSender(connection.socket);
+    this.#reader = new ReplyReader(this.#table, {
+      structured: info.structured,
+      contextIds: new Set(info.contexts.values()),
+      size: info.size,
+    });
+    this.#table.onIdle = () => this.#idle();
+    this.#table.onShutdown = () => {
+      this.#drain(new BlockferryError('closed', `the server at ${this.#peer} is shutting down`));
+    };
+    if (requestTimeoutMs !== undefined) {
+      this.#sweep = setInterval(
+        () => this.#checkOverdue(requestTimeoutMs),
+        Math.max(1, requestTimeoutMs / 8),
+      );
+      this.#sweep.unref();
+    }
+    connection.handTo(this);
+    // The server may have hung up between the end of the handshake and now.
+    if (connection.socket.destroyed || connection.socket.readableEnded) this.ended(null);
+  }
+
+  /** Fails as `openConnection` does, and with 'address' for what is not a usable URI. */
+  static async connect(uri: string, options: NbdClientOptions = {}): Promise<NbdClient> {
+    const parsed = parseNbdUri(uri);
+    const connection = await openConnection(
+      parsed,
+      {
+        kind: 'connect',
+        exportName: parsed.exportName,
+        contexts: options.contexts ?? [],
+        requireStructured: options.requireStructured ?? false,
+      },
+      options,
+    );
+    if (connection.outcome.kind !== 'connect') throw new BlockferryError('protocol', 'unexpected outcome');
+    return new NbdClient(connection, connection.outcome.info, options.requestTimeoutMs);
+  }
+
+  /** The exports a server lists; the URI's export name is of no account. Fails as `connect` does. */
+  static async list(uri: string, limits: ConnectLimits = {}): Promise<ListedExport[]> {
+    const connection = await openConnection(parseNbdUri(uri), { kind: 'list' }, limits);
+    connection.handTo({ received() {}, ended() {} });
+    connection.socket.destroy();
+    return connection.outcome.kind === 'list' ? connection.outcome.exports : [];
+  }
+
+  /** Requests not answered yet. */
+  get inFlight(): number {
+    return this.#table.active;
+  }
+
+  /** Fills buffer[at, at + length) with the export's bytes from `offset` on. When it fails that range is undefined. */
+  read(offset: number, length: number, buffer: Buffer, at = 0): Promise<void> {
+    const wrong = this.#check(offset, length) ?? this.#checkPayload(length, buffer, at);
+    if (wrong !== null) return Promise.reject(wrong);
+    if (length === 0) return Promise.resolve();
+    const request = this.#table.take();
+    if (request === null) return Promise.reject(tooMany());
+    request.buffer = buffer;
+    request.at = at;
+    return this.#send(request, Command.READ, 0, offset, length) as Promise<unknown> as Promise<void>;
+  }
+
+  /** Writes buffer[at, at + length), which must be left alone until this is settled. */
+  write(offset: number, buffer: Buffer, at: number, length: number, options?: WriteOptions): Promise<void> {
+    const wrong = this.#checkChange(offset, length, options) ?? this.#checkPayload(length, buffer, at);
+    if (wrong !== null) return Promise.reject(wrong);
+    if (length === 0) return Promise.resolve();
+    const request = this.#table.take();
+    if (request === null) return Promise.reject(tooMany());
+    const flags = options?.fua === true ? CommandFlag.FUA : 0;
+    const promise = this.#send(request, Command.WRITE, flags, offset, length);
+    this.#sender.payload(buffer.subarray(at, at + length));
+    return promise as Promise<unknown> as Promise<void>;
+  }
+
+  /** Resolves when every write answered before this call is on stable storage. */
+  flush(): Promise<void> {
+    const wrong = this.#refusal ?? this.#lacks(TransmissionFlag.SEND_FLUSH, 'FLUSH');
+    return this.#command(wrong, Command.FLUSH, 0, 0, 0);
+  }
+
+  /** The content of the range is of no use any more. `length` < 2^32. */
+  trim(offset: number, length: number, options?: WriteOptions): Promise<void> {
+    const wrong =
+      this.#checkChange(offset, length, options) ?? this.#lacks(TransmissionFlag.SEND_TRIM, 'TRIM');
+    return this.#command(wrong, Command.TRIM, options?.fua === true ? CommandFlag.FUA : 0, offset, length);
+  }
+
+  /** The range reads as zeroes afterwards. `length` < 2^32. */
+  zero(offset: number, length: number, options?: ZeroOptions): Promise<void> {
+    const wrong =
+      this.#checkChange(offset, length, options) ??
+      this.#lacks(TransmissionFlag.SEND_WRITE_ZEROES, 'WRITE_ZEROES');
+    const flags =
+      (options?.fua === true ? CommandFlag.FUA : 0) | (options?.noHole === true ? CommandFlag.NO_HOLE : 0);
+    return this.#command(wrong, Command.WRITE_ZEROES, flags, offset, length);
+  }
+
+  /** Asks the server to have the range at hand. `length` < 2^32. */
+  cache(offset: number, length: number): Promise<void> {
+    const wrong = this.#check(offset, length) ?? this.#lacks(TransmissionFlag.SEND_CACHE, 'CACHE');
+    return this.#command(wrong, Command.CACHE, 0, offset, length);
+  }
+
+  /**
+   * Status of the range in a context of `info.contexts`: extents that follow one another from `offset` on, at least one,
+   * neighbours differ. They may end before the range does (ask again from there), or reach beyond it, but not beyond the
+   * export. `one`: a single extent, within the range. `length` is in 1..2^32-1.
+   */
+  async blockStatus(
+    context: string,
+    offset: number,
+    length: number,
+    options?: { one?: boolean },
+  ): Promise<Extent[]> {
+    const wrong = this.#check(offset, length);
+    if (wrong !== null) throw wrong;
+    if (length === 0) throw new BlockferryError('bounds', 'the status of no bytes was asked for');
+    const contextId = this.info.contexts.get(context);
+    if (contextId === undefined) {
+      throw new BlockferryError(
+        'usage',
+        `the server at ${this.#peer} does not report the context '${context}'`,
+      );
+    }
+    const request = this.#table.take();
+    if (request === null) throw tooMany();
+    request.contextId = contextId;
+    const flags = options?.one === true ? CommandFlag.REQ_ONE : 0;
+    return (await this.#send(request, Command.BLOCK_STATUS, flags, offset, length)) ?? [];
+  }
+
+  /**
+   * Refuses new requests, waits for those in flight, says DISC and resolves when the connection is over, at the latest
+   * 2 * CLOSE_TIMEOUT_MS from now. May be called again.
+   */
+  async close(): Promise<void> {
+    this.#drain(null);
+    await this.closed;
+  }
+
+  /** Cuts the connection at once. Requests in flight fail with 'closed'; `error` becomes their cause. */
+  destroy(error?: BlockferryError): void {
+    this.#over(error ?? new BlockferryError('closed', `the connection to ${this.#peer} was given up`));
+  }
+
+  /** For the connection. */
+  received(bytes: Buffer, length: number): void {
+    if (this.#state === 'closed') return;
+    try {
+      this.#reader.receive(bytes, length);
+    } catch (error) {
+      const known = error instanceof BlockferryError ? error : protocolError(messageOf(error));
+      this.#over(new BlockferryError(known.code, `${this.#peer}: ${known.message}`, { cause: error }));
+    }
+  }
+
+  /** For the connection. */
+  ended(error: Error | null): void {
+    if (this.#state === 'closed') return;
+    // Hanging up is the answer to DISC.
+    if (error === null && this.#state === 'draining' && this.#table.active === 0) {
+      this.#over(this.#drainReason);
+      return;
+    }
+    const why = error === null ? 'the server hung up' : messageOf(error);
+    this.#over(
+      new BlockferryError('closed', `the connection to ${this.#peer} was lost: ${why}`, { cause: error }),
+    );
+  }
+
+  #command(
+    wrong: BlockferryError | null,
+    command: number,
+    flags: number,
+    offset: number,
+    length: number,
+  ): Promise<void> {
+    if (wrong !== null) return Promise.reject(wrong);
+    if (length === 0 && command !== Command.FLUSH) return Promise.resolve();
+    const request = this.#table.take();
+    if (request === null) return Promise.reject(tooMany());
+    return this.#send(request, command, flags, offset, length) as Promise<unknown> as Promise<void>;
+  }
+
+  #send(
+    request: PendingRequest,
+    command: number,
+    flags: number,
+    offset: number,
+    length: number,
+  ): Promise<Extent[] | undefined> {
+    request.command = command;
+    request.flags = flags;
+    request.offset = offset;
+    request.length = length;
+    if (this.#sweep !== null) request.startedAtMs = performance.now();
+    this.#sender.request(flags, command, request.generation, request.index, offset, length);
+    return this.#table.promiseOf(request);
+  }
+
+  #check(offset: number, length: number): BlockferryError | null {
+    if (this.#refusal !== null) return this.#refusal;
+    if (!isCount(offset) || !isCount(length) || length > U32_MAX || length > this.info.size - offset) {
+      return new BlockferryError(
+        'bounds',
+        `${length} bytes at ${offset} are not inside an export of ${this.info.size}`,
+      );
+    }
+    if (this.#alignment > 1 && (offset % this.#alignment !== 0 || length % this.#alignment !== 0)) {
+      const message = `${length} bytes at ${offset} are not aligned to the server's minimum block of ${this.#alignment}`;
+      return new BlockferryError('bounds', message);
+    }
+    return null;
+  }
+
+  #checkPayload(length: number, buffer: Buffer, at: number): BlockferryError | null {
+    if (length > this.payloadBytesMax) {
+      return new BlockferryError(
+        'bounds',
+        `${length} bytes in one request, of ${this.payloadBytesMax} at most: split it`,
+      );
+    }
+    if (!isCount(at) || length > buffer.length - at) {
+      return new BlockferryError(
+        'bounds',
+        `${length} bytes from ${at} on do not fit a buffer of ${buffer.length}`,
+      );
+    }
+    return null;
+  }
+
+  #checkChange(offset: number, length: number, options: WriteOptions | undefined): BlockferryError | null {
+    const wrong = this.#check(offset, length);
+    if (wrong !== null) return wrong;
+    if (this.info.readOnly)
+      return new BlockferryError('read-only', `the export at ${this.#peer} is read-only`);
+    return options?.fua === true ? this.#lacks(TransmissionFlag.SEND_FUA, 'FUA') : null;
+  }
+
+  #lacks(flag: number, what: string): BlockferryError | null {
+    if ((this.info.flags & flag) !== 0) return null;
+    return new BlockferryError('usage', `the server at ${this.#peer} does not offer ${what}`);
+  }
+
+  #drain(reason: BlockferryError | null): void {
+    if (this.#state !== 'open') return;
+    this.#state = 'draining';
+    this.#drainReason = reason;
+    this.#refusal =
+      reason ?? new BlockferryError('closed', `the connection to ${this.#peer} is being closed`);
+    this.#armDrainTimer('the requests in flight were not answered');
+    if (this.#table.active === 0) this.#idle();
+  }
+
+  #idle(): void {
+    if (this.#state !== 'draining') return;
+    this.#armDrainTimer('the server did not hang up');
+    this.#sender.request(0, Command.DISC, 0, 0, 0, 0);
+    this.#sender.flush();
+    this.#socket.end();
+  }
+
+  #armDrainTimer(what: string): void {
+    if (this.#drainTimer !== null) clearTimeout(this.#drainTimer);
+    this.#drainTimer = setTimeout(() => {
+      // After DISC nothing is owed to the server: the close is as orderly as it gets.
+      if (this.#table.active === 0) this.#over(this.#drainReason);
+      else this.#over(new BlockferryError('timeout', `${this.#peer}: ${what} within ${CLOSE_TIMEOUT_MS} ms`));
+    }, CLOSE_TIMEOUT_MS);
+  }
+
+  #checkOverdue(requestTimeoutMs: number): void {
+    const late = this.#table.overdue(performance.now() - requestTimeoutMs);
+    if (late === null) return;
+    this.#over(
+      new BlockferryError(
+        'timeout',
+        `${this.#peer} did not answer ${late.describe()} within ${requestTimeoutMs} ms`,
+      ),
+    );
+  }
+
+  #over(reason: BlockferryError | null): void {
+    if (this.#state === 'closed') return;
+    this.#state = 'closed';
+    if (this.#drainTimer !== null) clearTimeout(this.#drainTimer);
+    if (this.#sweep !== null) clearInterval(this.#sweep);
+    this.#socket.destroy();
+    const message = reason?.message ?? `the connection to ${this.#peer} was closed`;
+    this.#refusal = new BlockferryError('closed', message, { cause: reason });
+    this.#table.failAll(this.#refusal);
+    this.#resolveClosed(reason);
+  }
+}
+
+function isCount(value: number): boolean {
+  return Number.isSafeInteger(value) && value >= 0;
+}
+
+function tooMany(): BlockferryError {
+  return new BlockferryError(
+    'bounds',
+    `${CLIENT_REQUESTS_MAX} requests are in flight already: wait for one of them`,
+  );
+}

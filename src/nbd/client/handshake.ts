@@ -1,0 +1,371 @@
+/**
+ * The client's handshake as a state machine: bytes of the server in, bytes for the server out, no sockets.
+ *
+ *     greeting -> flags -> STRUCTURED_REPLY -> SET_META_CONTEXT (if contexts are wanted) -> GO -> done
+ *                                                                GO unknown: EXPORT_NAME -> done
+ *     greeting -> flags -> LIST -> done                          a server of plain newstyle: EXPORT_NAME at once
+ *
+ * One option is under way at a time, so every byte a server sends belongs to the question asked last. A server that
+ * answers before it was asked, or answers something else, broke the protocol (BlockferryError 'protocol').
+ */
+
+import { BlockferryError } from '../../errors.js';
+import {
+  type BlockSize,
+  decodeExportBasics,
+  decodeGreeting,
+  decodeInfo,
+  decodeListedExport,
+  decodeMetaContext,
+  decodeOptionReplyHeader,
+  displayable,
+  EXPORT_NAME_REPLY_BYTES,
+  EXPORT_NAME_ZEROES_BYTES,
+  type ExportBasics,
+  encodeClientFlags,
+  encodeExportName,
+  encodeGo,
+  encodeMetaContext,
+  encodeOption,
+  GREETING_BYTES,
+  type ListedExport,
+  OPTION_REPLY_HEADER_BYTES,
+  protocolError,
+} from '../codec/client.js';
+import { HandshakeFlag, Info, Option, OptionReply, TransmissionFlag } from '../constants.js';
+
+export type HandshakeGoal =
+  | {
+      readonly kind: 'connect';
+      readonly exportName: string;
+      /** Metadata contexts that are wanted, e.g. `base:allocation`. */
+      readonly contexts: readonly string[];
+      /** Fail ('source-io') rather than do without structured replies. */
+      readonly requireStructured: boolean;
+    }
+  | { readonly kind: 'list' };
+
+/** What the server told about the export. */
+export interface ExportInfo {
+  /** As it was asked for. */
+  readonly exportName: string;
+  /** Bytes, 0..2^53-1. */
+  readonly size: number;
+  /** TransmissionFlag bits. */
+  readonly flags: number;
+  readonly readOnly: boolean;
+  /** Structured replies were agreed on. */
+  readonly structured: boolean;
+  /** Metadata contexts the server agreed to report, with their ids. */
+  readonly contexts: ReadonlyMap<string, number>;
+  /** Empty when the server gave none. */
+  readonly description: string;
+  /** The server's own name of the export, if it gave one. */
+  readonly name: string | null;
+  /** Null: nothing was advertised, the protocol's defaults hold (1, 4096, 32 MiB). */
+  readonly blockSize: BlockSize | null;
+}
+
+export type HandshakeOutcome =
+  | { readonly kind: 'connect'; readonly info: ExportInfo }
+  | { readonly kind: 'list'; readonly exports: ListedExport[] };
+
+type State =
+  | { readonly step: 'greeting' }
+  | { readonly step: 'option'; readonly option: number }
+  | { readonly step: 'export-name' }
+  | { readonly step: 'done'; readonly outcome: HandshakeOutcome };
+
+/** One message read: its length, and what to send in answer. */
+interface Taken {
+  readonly bytes: number;
+  readonly reply: Buffer | null;
+}
+
+/** Most bytes the replies to one option may add up to: about 100,000 short names of a LIST. */
+export const OPTION_REPLIES_BYTES_MAX = 16 << 20;
+
+export class ClientHandshake {
+  #state: State = { step: 'greeting' };
+  /** Bytes received that do not make a whole message yet. */
+  #pending: Buffer = Buffer.alloc(0);
+  #fixedNewstyle = false;
+  #noZeroes = false;
+  #replyBytes = 0;
+
+  // What the options brought.
+  #structured = false;
+  readonly #contexts = new Map<string, number>();
+  readonly #exports: ListedExport[] = [];
+  #basics: ExportBasics | null = null;
+  #name: string | null = null;
+  #description = '';
+  #blockSize: BlockSize | null = null;
+
+  constructor(readonly goal: HandshakeGoal) {}
+
+  /** Set once the handshake is over. */
+  get outcome(): HandshakeOutcome | null {
+    return this.#state.step === 'done' ? this.#state.outcome : null;
+  }
+
+  /** What to send before leaving early, so that the server need not guess; null where the protocol knows no such thing. */
+  get farewell(): Buffer | null {
+    return this.#fixedNewstyle && this.#state.step !== 'export-name' ? encodeOption(Option.ABORT) : null;
+  }
+
+  /** Where it stands, for the message of a connection that ended or hung here. */
+  get awaiting(): string {
+    if (this.#state.step === 'greeting') return 'its greeting';
+    if (this.#state.step === 'option') return `its answer to ${optionName(this.#state.option)}`;
+    return 'its answer to EXPORT_NAME (perhaps it has no such export)';
+  }
+
+  /**
+   * Takes what the server sent (the bytes are not kept) and gives back what to send, or null. Throws BlockferryError:
+   * 'protocol', 'not-found' (no such export), 'source-unreachable' (it wants TLS or shuts down), 'source-io' (it refused).
+   */
+  receive(bytes: Buffer): Buffer | null {
+    const input = this.#pending.length === 0 ? bytes : Buffer.concat([this.#pending, bytes]);
+    let at = 0;
+    let reply: Buffer | null = null;
+    for (;;) {
+      const taken: Taken | null = reply === null ? this.#step(input, at) : null;
+      if (taken === null) break;
+      at += taken.bytes;
+      reply = taken.reply;
+      if (this.#state.step === 'done') break;
+    }
+    if ((reply !== null || this.#state.step === 'done') && at < input.length) {
+      throw protocolError('it sent more than it was asked for');
+    }
+    this.#pending = Buffer.from(input.subarray(at));
+    return reply;
+  }
+
+  /** One message from `at` on; null when it is not complete yet. */
+  #step(input: Buffer, at: number): Taken | null {
+    const available = input.length - at;
+    switch (this.#state.step) {
+      case 'greeting':
+        if (available < GREETING_BYTES) return null;
+        return { bytes: GREETING_BYTES, reply: this.#greeted(input.subarray(at, at + GREETING_BYTES)) };
+      case 'option': {
+        const header = decodeOptionReplyHeader(input, at);
+        if (header === null) return null;
+        if (header.option !== this.#state.option) {
+          throw protocolError(
+            `it answered ${optionName(header.option)} instead of ${optionName(this.#state.option)}`,
+          );
+        }
+        const bytes = OPTION_REPLY_HEADER_BYTES + header.length;
+        if (available < bytes) return null;
+        this.#replyBytes += bytes;
+        if (this.#replyBytes > OPTION_REPLIES_BYTES_MAX) {
+          throw protocolError(`its answer to ${optionName(header.option)} does not end`);
+        }
+        const payload = input.subarray(at + OPTION_REPLY_HEADER_BYTES, at + bytes);
+        return { bytes, reply: this.#answered(header.option, header.type, payload) };
+      }
+      case 'export-name': {
+        const bytes = EXPORT_NAME_REPLY_BYTES + (this.#noZeroes ? 0 : EXPORT_NAME_ZEROES_BYTES);
+        if (available < bytes) return null;
+        this.#basics = decodeExportBasics(input, at);
+        this.#finish();
+        return { bytes, reply: null };
+      }
+      case 'done':
+        return null;
+    }
+  }
+
+  #greeted(greeting: Buffer): Buffer {
+    const { fixedNewstyle, noZeroes } = decodeGreeting(greeting);
+    this.#fixedNewstyle = fixedNewstyle;
+    this.#noZeroes = noZeroes;
+    const flags = encodeClientFlags(
+      (fixedNewstyle ? HandshakeFlag.FIXED_NEWSTYLE : 0) | (noZeroes ? HandshakeFlag.NO_ZEROES : 0),
+    );
+    if (this.goal.kind === 'list') {
+      if (!fixedNewstyle) throw new BlockferryError('source-io', 'the server is too old to list its exports');
+      return Buffer.concat([flags, this.#ask(Option.LIST, encodeOption(Option.LIST))]);
+    }
+    const first = fixedNewstyle
+      ? this.#ask(Option.STRUCTURED_REPLY, encodeOption(Option.STRUCTURED_REPLY))
+      : this.#askExportName();
+    return Buffer.concat([flags, first]);
+  }
+
+  /** One option reply. Gives back the next question, null while more of the answer is to come. */
+  #answered(option: number, type: number, payload: Buffer): Buffer | null {
+    if (type >= 0x80000000) return this.#refused(option, type, payload);
+    switch (type) {
+      case OptionReply.ACK:
+        if (payload.length !== 0) throw protocolError('an ACK with data');
+        return this.#acknowledged(option);
+      case OptionReply.SERVER:
+        if (option !== Option.LIST) break;
+        this.#exports.push(decodeListedExport(payload));
+        return null;
+      case OptionReply.META_CONTEXT:
+        if (option !== Option.SET_META_CONTEXT) break;
+        this.#addContext(payload);
+        return null;
+      case OptionReply.INFO:
+        if (option !== Option.GO) break;
+        this.#addInfo(payload);
+        return null;
+    }
+    throw protocolError(`a reply of type ${type} to ${optionName(option)}`);
+  }
+
+  #acknowledged(option: number): Buffer | null {
+    switch (option) {
+      case Option.STRUCTURED_REPLY:
+        this.#structured = true;
+        return this.#askContexts();
+      case Option.SET_META_CONTEXT:
+        return this.#askGo();
+      default:
+        this.#finish();
+        return null;
+    }
+  }
+
+  #refused(option: number, type: number, payload: Buffer): Buffer | null {
+    const message = displayable(payload.toString());
+    const said = message === '' ? '' : `: '${message}'`;
+    if (type === OptionReply.ERR_TLS_REQD) {
+      throw new BlockferryError(
+        'source-unreachable',
+        `the server demands TLS, which is not available yet${said}`,
+      );
+    }
+    if (type === OptionReply.ERR_SHUTDOWN) {
+      throw new BlockferryError('source-unreachable', `the server is shutting down${said}`);
+    }
+    switch (option) {
+      case Option.STRUCTURED_REPLY:
+        return this.#askContexts();
+      case Option.SET_META_CONTEXT:
+        this.#contexts.clear();
+        return this.#askGo();
+      case Option.GO:
+        if (type === OptionReply.ERR_UNSUP) return this.#askExportName();
+        break;
+    }
+    if (type === OptionReply.ERR_UNKNOWN && this.goal.kind === 'connect') {
+      const name = displayable(this.goal.exportName);
+      throw new BlockferryError('not-found', `the server has no export '${name}'${said}`);
+    }
+    throw new BlockferryError(
+      'source-io',
+      `the server refused ${optionName(option)} (${refusal(type)})${said}`,
+    );
+  }
+
+  #askContexts(): Buffer {
+    if (this.goal.kind !== 'connect') throw protocolError('an answer out of turn');
+    if (!this.#structured && this.goal.requireStructured) throw withoutStructured();
+    if (!this.#structured || this.goal.contexts.length === 0) return this.#askGo();
+    const { exportName, contexts } = this.goal;
+    return this.#ask(
+      Option.SET_META_CONTEXT,
+      encodeMetaContext(Option.SET_META_CONTEXT, exportName, contexts),
+    );
+  }
+
+  #askGo(): Buffer {
+    const wanted = [Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE];
+    return this.#ask(Option.GO, encodeGo(Option.GO, this.#exportName(), wanted));
+  }
+
+  #askExportName(): Buffer {
+    if (!this.#structured && this.goal.kind === 'connect' && this.goal.requireStructured)
+      throw withoutStructured();
+    this.#state = { step: 'export-name' };
+    return encodeExportName(this.#exportName());
+  }
+
+  #ask(option: number, bytes: Buffer): Buffer {
+    this.#state = { step: 'option', option };
+    this.#replyBytes = 0;
+    return bytes;
+  }
+
+  #exportName(): string {
+    return this.goal.kind === 'connect' ? this.goal.exportName : '';
+  }
+
+  #addContext(payload: Buffer): void {
+    const { id, name } = decodeMetaContext(payload);
+    if (this.goal.kind !== 'connect' || !this.goal.contexts.includes(name)) {
+      throw protocolError(`the metadata context '${displayable(name)}' was not asked for`);
+    }
+    if (this.#contexts.has(name)) throw protocolError(`the metadata context '${name}' comes twice`);
+    for (const known of this.#contexts.values()) {
+      if (known === id) throw protocolError(`two metadata contexts have the id ${id}`);
+    }
+    this.#contexts.set(name, id);
+  }
+
+  #addInfo(payload: Buffer): void {
+    const item = decodeInfo(payload);
+    switch (item.kind) {
+      case 'export':
+        if (this.#basics !== null) throw protocolError('INFO_EXPORT comes twice');
+        this.#basics = { size: item.size, flags: item.flags };
+        break;
+      case 'name':
+        this.#name = item.name;
+        break;
+      case 'description':
+        this.#description = item.description;
+        break;
+      case 'block-size':
+        this.#blockSize = item.blockSize;
+        break;
+      case 'unknown':
+        break;
+    }
+  }
+
+  #finish(): void {
+    if (this.goal.kind === 'list') {
+      this.#state = { step: 'done', outcome: { kind: 'list', exports: this.#exports } };
+      return;
+    }
+    if (this.#basics === null) throw protocolError('GO was acknowledged without INFO_EXPORT');
+    const info: ExportInfo = {
+      exportName: this.goal.exportName,
+      size: this.#basics.size,
+      flags: this.#basics.flags,
+      readOnly: (this.#basics.flags & TransmissionFlag.READ_ONLY) !== 0,
+      structured: this.#structured,
+      contexts: this.#contexts,
+      description: this.#description,
+      name: this.#name,
+      blockSize: this.#blockSize,
+    };
+    this.#state = { step: 'done', outcome: { kind: 'connect', info } };
+  }
+}
+
+function withoutStructured(): BlockferryError {
+  return new BlockferryError(
+    'source-io',
+    'the server does not offer structured replies, which are required here',
+  );
+}
+
+function optionName(option: number): string {
+  return nameOf(Option, option) ?? `option ${option}`;
+}
+
+function refusal(type: number): string {
+  return nameOf(OptionReply, type) ?? `error 0x${type.toString(16)}`;
+}
+
+function nameOf(numbers: Readonly<Record<string, number>>, wanted: number): string | undefined {
+  return Object.keys(numbers).find((name) => numbers[name] === wanted);
+}
