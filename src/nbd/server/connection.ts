@@ -59,8 +59,8 @@ export class Connection {
   readonly #socket: net.Socket | Duplex;
   readonly #parameters: ConnectionParameters;
   readonly #peer: string;
-  /** Runs until the session starts, also while the last answer waits to be taken. */
-  readonly #deadline: NodeJS.Timeout;
+  /** Runs during the handshake, and whenever a last answer waits to be taken. */
+  #deadline: NodeJS.Timeout;
   #state: State;
   #resolveClosed: () => void = () => {};
 
@@ -211,10 +211,18 @@ export class Connection {
     this.#resolveClosed();
   }
 
+  /** The session has said all it had to say; the client has a while to take it. */
   #sessionClosed(): void {
-    this.#state = { kind: 'closed' };
-    if (this.#socket.closed) this.#resolveClosed();
-    else this.#socket.once('close', () => this.#resolveClosed());
+    const socket = this.#socket;
+    this.#state = { kind: 'ending' };
+    if (socket.closed) {
+      this.#socketClosed();
+      return;
+    }
+    this.#deadline = setTimeout(() => this.#timedOut(), this.#parameters.handshakeTimeoutMs);
+    if (socket.writableFinished) socket.destroy();
+    else socket.once('finish', () => socket.destroy());
+    if (!socket.writableEnded) socket.end();
   }
 }
 
