@@ -225,3 +225,13 @@ os.execv(sys.argv[1], sys.argv[1:])`;
     assert.equal((await within(exited, 'the server to end'))[0], 0);
   }
 });
+
+test('stdio that is no client is refused with a reason', () => {
+  const { status, stderr } = spawnSync(process.execPath, [SERVER, 'stdio'], {
+    stdio: ['ignore', 'ignore', 'pipe'],
+    encoding: 'utf8',
+    timeout: 10_000,
+  });
+  assert.equal(status, 1);
+  assert.match(stderr, /cannot serve on stdio/);
+});

@@ -337,16 +337,70 @@ describe('connections', () => {
     const entries = Array.from({ length: 200 }, (_, index) =>
       entry(`d${index}`, { description: 'x'.repeat(4000) }),
     );
-    const served = await serve(`unix:${join(folder, 's')}`, { exports: directory(...entries) });
+    let lists = 0;
+    const exports = directory(...entries);
+    const served = await serve(`unix:${join(folder, 's')}`, {
+      exports: {
+        ...exports,
+        list() {
+          lists++;
+          return entries;
+        },
+      },
+    });
     const client = await served.connect();
     client.socket.pause();
     client.send(clientFlags(), option(Option.LIST));
-    await eventually(() => client.socket.writableLength === 0, 'the request to be sent');
+    await eventually(() => lists === 1, 'the first list');
     client.send(option(Option.LIST), option(Option.GO, infoData('d7')));
+    // Another client gets all its answers meanwhile: it is not the server that is slow.
+    for (let count = 0; count < 10; count++) await (await served.connect()).receive(GREETING_BYTES);
+    assert.equal(lists, 1);
     client.socket.resume();
     const listed = 200 * (20 + 4 + 4000) + 10 * 2 + 90 * 3 + 100 * 4;
     await client.receive(GREETING_BYTES + 2 * (listed + 20) + GO_ANSWER_BYTES);
     assert.equal(served.listener.connections('d7'), 1);
+    assert.equal(lists, 2);
+  });
+
+  test('an export that cannot be opened is logged with its reason', async () => {
+    const broken = entry('disk', {
+      open() {
+        throw new Error('image is gone');
+      },
+    });
+    const served = await serve('127.0.0.1:0', { exports: directory(broken) });
+    const client = await served.connect();
+    client.send(clientFlags(), option(Option.GO, infoData('disk')), option(Option.ABORT));
+    const replies = readReplies((await client.receiveAll()).subarray(GREETING_BYTES));
+    assert.deepEqual(
+      replies.map((reply) => reply.type),
+      [OptionReply.ERR_UNKNOWN, OptionReply.ACK],
+    );
+    assert.ok(JSON.stringify(lines).includes('image is gone'));
+  });
+
+  test('a fault of ours in the handshake or the session costs one connection', async () => {
+    const served = await serve('127.0.0.1:0', {
+      exports: {
+        ...directory(entry('disk')),
+        list() {
+          throw new Error('a bug');
+        },
+      },
+      startSession: (socket) => {
+        socket.resume();
+        return { closed: Promise.reject(new Error('another bug')), drain: async () => {}, destroy() {} };
+      },
+    });
+    const listing = await served.connect();
+    listing.send(clientFlags(), option(Option.LIST));
+    await listing.receiveAll();
+    const going = await served.connect();
+    going.send(clientFlags(), option(Option.GO, infoData('disk')));
+    await going.receiveAll();
+    assert.equal(lines.length, 2);
+    await (await served.connect()).receive(GREETING_BYTES);
   });
 
   test('a session that cannot start releases the device and closes the connection', async () => {
