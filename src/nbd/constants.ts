@@ -120,16 +120,25 @@ export const ALLOCATION_DEPTH = 'qemu:allocation-depth';
 // Limits of ours
 /** Longest string the protocol allows, bytes. */
 export const STRING_BYTES_MAX = 4096;
+/** Longest string a message of ours should be, bytes. */
+export const STRING_BYTES_PREFERRED = 256;
 /** Largest payload of one request we accept and offer, bytes. */
 export const PAYLOAD_BYTES_MAX = 64 << 20;
 /** Payload every server must accept unless it says otherwise, bytes. */
 export const PAYLOAD_BYTES_DEFAULT = 32 << 20;
 /** Largest data of one option we read, bytes. */
 export const OPTION_BYTES_MAX = 64 << 10;
+/** Largest data of one option we read past to refuse it politely, bytes. A client that announces more is cut off. */
+export const OPTION_SKIP_BYTES_MAX = 32 << 20;
 /** Options one client may send before it is cut off (plus OPTIONS_PER_LISTED_NAME for each export listed to it). */
 export const OPTIONS_MAX = 32;
 export const OPTIONS_PER_LISTED_NAME = 32;
+/** Bytes of LIST replies one client may have before a further LIST is refused; the first one is always whole. */
+export const LISTED_BYTES_MAX = 1 << 20;
 export const HANDSHAKE_TIMEOUT_MS = 10_000;
+/** How long a closing listener waits for clients that are still haggling, and for sessions that finish their requests. */
+export const HANDSHAKE_DRAIN_TIMEOUT_MS = 1000;
+export const SESSION_DRAIN_TIMEOUT_MS = 10_000;
 export const CONNECTIONS_MAX = 1024;
 /** Requests and payload bytes one session may have in flight before we stop reading from it. */
 export const IN_FLIGHT_REQUESTS_MAX = 1024;
