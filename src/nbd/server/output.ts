@@ -1,0 +1,161 @@
+/**
+ * Everything a session sends.
+ *
+ * Replies gather in a batch: small ones one after the other in the current slab (`reserve`, `advance`), those that
+ * already lie in a slab of their own as they are (`push`). `flush` sends the batch as one gathered write. At most one
+ * batch is with the socket; what comes meanwhile waits for it in the next one, so that however slowly the client reads,
+ * the number of pieces queued stays small. Order between replies is free in NBD; each piece is whole.
+ *
+ * Usually the kernel takes a batch at once. The stream tells (`writableLength` is 0 after the write), and its slabs are
+ * reused in the same turn, still warm; otherwise when the write's callback comes.
+ */
+
+import type { Duplex } from 'node:stream';
+import type { Slab, SlabPool } from './slab.js';
+
+/** Size of the slab replies gather in; a batch is sent when it is full. */
+export const OUTPUT_SLAB_BYTES = 512 << 10;
+
+export class Output {
+  /** Memory bound in replies the kernel has not taken yet, bytes. */
+  bytes = 0;
+  /** The current slab's memory. Changes with `reserve`. */
+  buffer: Buffer;
+
+  readonly #pool: SlabPool;
+  readonly #onSpace: () => void;
+  #stream: Duplex | null = null;
+  #broken = false;
+
+  #slab: Slab;
+  /** The current slab is filled up to #at, and sent or batched up to #runStart. */
+  #runStart = 0;
+  #at = 0;
+
+  /** The batch: pieces and the slabs they lie in. */
+  #pieces: Buffer[] = [];
+  #slabs: Slab[] = [];
+  #batchBytes = 0;
+  /** What is with the socket. */
+  #sending: Slab[] = [];
+  #sendingBytes = 0;
+  /** Gathered writes begun, known to be done, and called back for. Callbacks come in order. */
+  #issued = 0;
+  #settled = 0;
+  #calledBack = 0;
+
+  /** `onSpace` is called when the socket took a batch that had to wait; never from within a call of this class's users. */
+  constructor(pool: SlabPool, onSpace: () => void) {
+    this.#pool = pool;
+    this.#onSpace = onSpace;
+    this.#slab = pool.take(OUTPUT_SLAB_BYTES);
+    this.buffer = this.#slab.buffer;
+  }
+
+  attach(stream: Duplex): void {
+    this.#stream = stream;
+  }
+
+  /** Makes room for `length` <= OUTPUT_SLAB_BYTES bytes in `buffer`; returns where it begins. */
+  reserve(length: number): number {
+    if (this.#at + length > this.buffer.length) this.#nextSlab();
+    return this.#at;
+  }
+
+  /** The first `length` reserved bytes are a reply now. */
+  advance(length: number): void {
+    this.#at += length;
+    this.#batchBytes += length;
+    this.bytes += length;
+  }
+
+  /** Adds a reply that fills [start, end) of a slab; the slab is the output's from now on. */
+  push(slab: Slab, start: number, end: number): void {
+    slab.references++;
+    this.#slabs.push(slab);
+    this.#pieces.push(slab.buffer.subarray(start, end));
+    this.#batchBytes += slab.buffer.length;
+    this.bytes += slab.buffer.length;
+  }
+
+  /** Sends the batch, unless an earlier one is still on its way. */
+  flush(): void {
+    const stream = this.#stream;
+    if (stream === null || this.#settled !== this.#issued || this.#broken) return;
+    this.#endRun();
+    const pieces = this.#pieces;
+    if (pieces.length === 0) return;
+    const free = this.#sending;
+    this.#sending = this.#slabs;
+    this.#slabs = free;
+    this.#sendingBytes = this.#batchBytes;
+    this.#batchBytes = 0;
+    this.#issued++;
+    const last = pieces.length - 1;
+    if (last > 0) stream.cork();
+    for (let i = 0; i < last; i++) stream.write(pieces[i]);
+    stream.write(pieces[last], this.#flushed);
+    if (last > 0) stream.uncork();
+    pieces.length = 0;
+    if (stream.writableLength === 0 && !stream.destroyed) this.#settle();
+  }
+
+  /** The socket is gone: nothing is sent any more. Memory that may still be with the kernel is not reused. */
+  destroy(): void {
+    if (this.#broken) return;
+    this.#broken = true;
+    this.#pieces = [];
+    this.#slabs = [];
+    this.#sending = [];
+    this.bytes = 0;
+  }
+
+  /** The current slab goes back to the pool if nobody uses it. The output must not be used afterwards. */
+  release(): void {
+    const clean = this.#slab.references === 0 && this.#settled === this.#issued;
+    if (clean) this.#pool.give(this.#slab);
+    this.destroy();
+  }
+
+  readonly #flushed = (error?: Error | null): void => {
+    this.#calledBack++;
+    if (error !== undefined && error !== null) return; // 'error' and 'close' follow
+    if (this.#broken || this.#calledBack <= this.#settled) return;
+    this.#settle();
+    this.#onSpace();
+  };
+
+  /** What is written in the current slab becomes a piece of the batch. */
+  #endRun(): void {
+    if (this.#at === this.#runStart) return;
+    this.#slab.references++;
+    this.#slabs.push(this.#slab);
+    this.#pieces.push(this.buffer.subarray(this.#runStart, this.#at));
+    this.#runStart = this.#at;
+  }
+
+  #nextSlab(): void {
+    this.#endRun();
+    this.flush();
+    if (this.#at === 0) return; // taken by the kernel: the same slab, empty again
+    if (this.#slab.references === 0) this.#pool.give(this.#slab);
+    this.#slab = this.#pool.take(OUTPUT_SLAB_BYTES);
+    this.buffer = this.#slab.buffer;
+    this.#at = 0;
+    this.#runStart = 0;
+  }
+
+  #settle(): void {
+    this.#settled = this.#issued;
+    this.bytes -= this.#sendingBytes;
+    this.#sendingBytes = 0;
+    const slabs = this.#sending;
+    for (let i = 0; i < slabs.length; i++) {
+      const slab = slabs[i]!;
+      if (--slab.references > 0) continue;
+      if (slab !== this.#slab) this.#pool.give(slab);
+      else if (this.#at === this.#runStart) this.#at = this.#runStart = 0;
+    }
+    slabs.length = 0;
+  }
+}

@@ -1,0 +1,143 @@
+/**
+ * A request that the device could not answer at once, from then until `complete`. Pooled by its session: between `begin` and
+ * `complete` it belongs to the device, otherwise to the session.
+ */
+
+import { EXTENT_BYTES } from '../codec/replies.js';
+import { Command } from '../constants.js';
+import type { StatusRequest } from '../device.js';
+import type { RequestHead } from './head.js';
+import { HEAD_ROOM, type Slab, type SlabPool } from './slab.js';
+
+/** Descriptors of one BLOCK_STATUS chunk; a client that wants more asks again behind the last. */
+export const EXTENTS_MAX = 16_384;
+
+const NOTHING = Buffer.alloc(0);
+
+export interface RequestOwner {
+  readonly pool: SlabPool;
+  /** The session is gone. */
+  readonly abandoned: boolean;
+  completed(request: Request, errno: number): void;
+  completedTwice(): void;
+}
+
+/** What the requests of one BLOCK_STATUS, one a selected context, share. */
+export interface StatusReply {
+  waiting: number;
+  errno: number;
+}
+
+export class Request implements StatusRequest {
+  command = 0;
+  cookieHi = 0;
+  cookieLo = 0;
+  offset = 0;
+  length = 0;
+  flags = 0;
+  buffer: Buffer = NOTHING;
+  at = 0;
+  slab: Slab | null = null;
+  /** Memory the session counts for it, bytes. */
+  charged = 0;
+  /** The device threw while it had the request, and may still know it: neither it nor its memory is used again. */
+  poisoned = false;
+
+  /** BLOCK_STATUS only: the context, and its extents so far, which lie encoded in the slab from `at` on. */
+  context = '';
+  contextId = 0;
+  extentsMax = 1;
+  extents = 0;
+  reply: StatusReply | null = null;
+  #covered = 0;
+  #lastStatus = 0;
+  #lastLength = 0;
+
+  #withDevice = false;
+
+  constructor(private readonly owner: RequestOwner) {}
+
+  get abandoned(): boolean {
+    return this.owner.abandoned;
+  }
+
+  begin(head: RequestHead, slab: Slab | null): void {
+    const flush = head.command === Command.FLUSH; // its offset and length mean nothing
+    this.command = head.command;
+    this.flags = head.flags;
+    this.cookieHi = head.cookieHi;
+    this.cookieLo = head.cookieLo;
+    this.offset = flush ? 0 : head.offset;
+    this.length = flush ? 0 : head.length;
+    this.slab = slab;
+    this.charged = slab === null ? 0 : slab.buffer.length;
+    this.buffer = slab === null ? NOTHING : slab.buffer;
+    this.at = slab === null ? 0 : HEAD_ROOM;
+    this.#withDevice = true;
+  }
+
+  beginStatus(context: string, contextId: number, extentsMax: number, reply: StatusReply): void {
+    this.context = context;
+    this.contextId = contextId;
+    this.extentsMax = extentsMax;
+    this.reply = reply;
+    this.extents = 0;
+    this.#covered = 0;
+    this.#lastLength = 0;
+  }
+
+  get withDevice(): boolean {
+    return this.#withDevice;
+  }
+
+  complete(errno: number): void {
+    if (!this.#withDevice) {
+      this.owner.completedTwice();
+      return;
+    }
+    this.#withDevice = false;
+    this.owner.completed(this, errno);
+  }
+
+  /** Forgets what it held, before it goes back to the session's pool. */
+  clear(): void {
+    this.slab = null;
+    this.buffer = NOTHING;
+    this.reply = null;
+  }
+
+  /** Merges equal neighbours; what goes beyond the request's end or `extentsMax` is cut off. */
+  extent(length: number, status: number): void {
+    const covered = Math.min(length, this.length - this.#covered);
+    if (covered < 1 || !this.#withDevice) return;
+    if (this.extents > 0 && status === this.#lastStatus) {
+      this.#lastLength += covered;
+    } else {
+      if (this.extents === this.extentsMax) {
+        this.#covered = this.length; // the list has an end here, whatever follows
+        return;
+      }
+      this.extents++;
+      this.#lastStatus = status;
+      this.#lastLength = covered;
+    }
+    this.#covered += covered;
+    this.#store();
+  }
+
+  #store(): void {
+    const at = this.at + (this.extents - 1) * EXTENT_BYTES;
+    if (at + EXTENT_BYTES > this.buffer.length) this.#grow();
+    this.buffer.writeUInt32BE(this.#lastLength, at);
+    this.buffer.writeUInt32BE(this.#lastStatus >>> 0, at + 4);
+  }
+
+  #grow(): void {
+    const small = this.slab!;
+    const large = this.owner.pool.take((small.buffer.length - HEAD_ROOM) * 2);
+    small.buffer.copy(large.buffer);
+    this.owner.pool.give(small);
+    this.slab = large;
+    this.buffer = large.buffer;
+  }
+}

@@ -1,0 +1,249 @@
+/**
+ * The transmission phase of one connection.
+ *
+ * Every chunk of received bytes is parsed in place, each request in it carried out in the same turn if the device can, and
+ * all answers leave in one gathered write at its end. What the device answers later is gathered likewise.
+ *
+ * Limits: a request is begun only while fewer than IN_FLIGHT_REQUESTS_MAX requests are with the device and its payload
+ * fits into IN_FLIGHT_BYTES_MAX together with the memory of those and of answers the client has not taken. Otherwise the
+ * session is *stalled*: it keeps its place in the chunk, stops receiving, and goes on when half of both is free. So
+ * memory is bounded whatever the client does, and a client that does not read stops itself.
+ *
+ * Life:  open -> finishing (DISC, drain: waits for the device) -> flushing (waits for the client to take the answers)
+ *        -> lingering (end sent, waits for the client's) -> closed. The client's end, or bytes that are no request, lead
+ *        from open to flushing: the requests in flight are abandoned. A lost socket leads from anywhere to closed.
+ */
+
+import type net from 'node:net';
+import type { Duplex } from 'node:stream';
+import type { Logger } from 'pino';
+import type { BlockDevice } from '../device.js';
+import { type Context, Executor } from './executor.js';
+import { Output } from './output.js';
+import { RequestParser } from './parser.js';
+import { Reception, type Sink } from './reception.js';
+import { Replies } from './replies.js';
+import { SlabPool } from './slab.js';
+
+/** How long the client may take to read its last answers. */
+export const FLUSH_TIMEOUT_MS = 30_000;
+/** How long the client may take to close behind our end. */
+export const LINGER_TIMEOUT_MS = 1_000;
+
+export interface Session {
+  /** Resolves when the socket is closed, the device released and every request completed. Never rejects. */
+  readonly closed: Promise<void>;
+  /** Requests from now on get ESHUTDOWN; those in flight finish, their answers are sent, then the session closes. */
+  drain(): Promise<void>;
+  /** Closes at once. Requests in flight are abandoned. */
+  destroy(): void;
+  /** Requests the device has. */
+  readonly inFlight: number;
+}
+
+export interface SessionParameters {
+  readonly device: BlockDevice;
+  /** Structured replies were negotiated. */
+  readonly structured: boolean;
+  /** Selected metadata contexts; each name is one of the device's. */
+  readonly contexts: readonly Context[];
+  /** Bytes of transmission that came with the end of the handshake. */
+  readonly rest: Buffer;
+  readonly log: Logger;
+}
+
+/**
+ * Starts the transmission phase. The socket must have no reader any more; it is the session's from now on (and, if it is a
+ * plain net.Socket, is replaced by another object: use `closed`, not the socket's events). Releases the device.
+ */
+export function startSession(socket: net.Socket | Duplex, parameters: SessionParameters): Session {
+  return new TransmissionSession(socket, parameters);
+}
+
+/** One pool a thread. */
+const slabs = new SlabPool();
+
+class TransmissionSession implements Session, Sink {
+  readonly closed: Promise<void>;
+  #resolveClosed: () => void = () => {};
+
+  readonly #device: BlockDevice;
+  readonly #log: Logger;
+  readonly #output: Output;
+  readonly #executor: Executor;
+  readonly #parser: RequestParser;
+  readonly #reception: Reception;
+
+  #phase: 'open' | 'finishing' | 'flushing' | 'lingering' | 'closed' = 'open';
+  #clientEnded = false;
+  #released = false;
+  #timer: NodeJS.Timeout | null = null;
+
+  /** The chunk a stalled session stopped in, from #heldAt to #heldEnd. */
+  #held: Buffer | null = null;
+  #heldAt = 0;
+  #heldEnd = 0;
+
+  /** Within #consume, whose end sends all that was answered meanwhile. */
+  #consuming = false;
+  #scheduled = false;
+
+  constructor(socket: net.Socket | Duplex, parameters: SessionParameters) {
+    const { device, structured, contexts, rest, log } = parameters;
+    this.closed = new Promise((resolve) => {
+      this.#resolveClosed = resolve;
+    });
+    this.#device = device;
+    this.#log = log;
+    const { size, readOnly } = device;
+    const rules = { size, readOnly, structured, hasContexts: contexts.length > 0 };
+    const output = new Output(slabs, this.#turn);
+    const replies = new Replies(output, slabs, structured);
+    this.#output = output;
+    this.#executor = new Executor(slabs, device, contexts, output, replies, log, this.#schedule);
+    this.#parser = new RequestParser(rules, this.#executor, replies);
+    this.#reception = new Reception(socket, rest, this);
+    this.#reception.start();
+  }
+
+  get inFlight(): number {
+    return this.#executor.active;
+  }
+
+  drain(): Promise<void> {
+    if (this.#phase === 'open') this.#phase = 'finishing';
+    this.#parser.drain();
+    this.#schedule();
+    return this.closed;
+  }
+
+  destroy(): void {
+    this.#executor.abandoned = true;
+    this.#executor.silent = true;
+    this.#reception.stream.destroy();
+  }
+
+  onOpen(stream: Duplex): void {
+    this.#output.attach(stream);
+  }
+
+  onBytes(chunk: Buffer, length: number): boolean {
+    return this.#consume(chunk, 0, length);
+  }
+
+  onEnd(): void {
+    this.#clientEnded = true;
+    if (this.#phase === 'lingering') {
+      if (this.#reception.stream.writableFinished) this.#reception.stream.destroy();
+    } else if (this.#parser.over !== 'disconnected') this.#abandon();
+  }
+
+  onError(error: NodeJS.ErrnoException): void {
+    // The client is gone (ECONNRESET, EPIPE), which is normal; onClose follows.
+    this.#log.debug({ code: error.code }, 'the connection was lost');
+  }
+
+  onClose(): void {
+    this.#phase = 'closed';
+    if (this.#timer !== null) clearTimeout(this.#timer);
+    if (this.#parser.over !== 'disconnected') this.#executor.abandoned = true;
+    this.#executor.silent = true;
+    this.#held = null;
+    this.#parser.drop();
+    this.#output.release();
+    this.#release();
+    this.#advance();
+  }
+
+  /** Parses and carries out [at, end) of the chunk, and sends the answers. False: stalled, the rest of the chunk is held. */
+  #consume(chunk: Buffer, at: number, end: number): boolean {
+    const parser = this.#parser;
+    if ((this.#phase !== 'open' && this.#phase !== 'finishing') || parser.over !== null) return true;
+    this.#consuming = true;
+    let from = at;
+    do {
+      from = parser.parse(chunk, from, end);
+      this.#output.flush();
+    } while (parser.stalled && this.#executor.roomy);
+    this.#consuming = false;
+    if (parser.over === 'garbage') {
+      this.#log.warn('the client sent no NBD request where one was due: disconnected');
+      this.#abandon();
+      return true;
+    }
+    if (parser.over === 'disconnected' && this.#phase === 'open') this.#phase = 'finishing';
+    this.#held = parser.stalled ? chunk : null;
+    this.#heldAt = from;
+    this.#heldEnd = end;
+    this.#advance();
+    return this.#held === null;
+  }
+
+  readonly #schedule = (): void => {
+    if (this.#consuming || this.#scheduled) return;
+    this.#scheduled = true;
+    process.nextTick(this.#turn);
+  };
+
+  /** The device completed requests, or the client took answers. */
+  readonly #turn = (): void => {
+    this.#scheduled = false;
+    if (this.#held !== null && this.#executor.roomy) {
+      if (this.#consume(this.#held, this.#heldAt, this.#heldEnd)) this.#reception.resume();
+      return;
+    }
+    this.#output.flush();
+    this.#advance();
+  };
+
+  /** Nobody waits for what is in flight. Answers that are there already are still sent. */
+  #abandon(): void {
+    if (this.#phase === 'flushing' || this.#phase === 'lingering' || this.#phase === 'closed') return;
+    this.#executor.abandoned = true;
+    this.#executor.silent = true;
+    this.#beginFlush();
+    this.#advance();
+  }
+
+  #beginFlush(): void {
+    this.#phase = 'flushing';
+    this.#parser.drop();
+    if (this.#held !== null) {
+      this.#held = null;
+      this.#reception.resume(); // what still comes is thrown away, so that the client's end is noticed
+    }
+    this.#release();
+    this.#setTimer(FLUSH_TIMEOUT_MS);
+  }
+
+  /** Takes the life's next step, if it is time. */
+  #advance(): void {
+    if (this.#phase === 'finishing' && this.#executor.active === 0) this.#beginFlush();
+    if (this.#phase === 'flushing' && this.#output.bytes === 0) {
+      this.#phase = 'lingering';
+      this.#reception.stream.end(this.#finished);
+    }
+    if (this.#phase === 'closed' && this.#executor.active === 0) this.#resolveClosed();
+  }
+
+  readonly #finished = (): void => {
+    if (this.#phase === 'closed') return;
+    if (this.#clientEnded) this.#reception.stream.destroy();
+    else this.#setTimer(LINGER_TIMEOUT_MS);
+  };
+
+  #setTimer(timeoutMs: number): void {
+    if (this.#timer !== null) clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#reception.stream.destroy(), timeoutMs);
+  }
+
+  #release(): void {
+    if (this.#released) return;
+    this.#released = true;
+    try {
+      this.#device.release();
+    } catch (error) {
+      this.#log.error({ err: error }, 'a device could not be released');
+    }
+  }
+}
