@@ -60,8 +60,8 @@ async function kernelPackage(): Promise<string> {
 }
 
 function cacheFolder(): string {
-  const base = process.env['XDG_CACHE_HOME'];
-  return join(base !== undefined && base.startsWith('/') ? base : join(homedir(), '.cache'), 'blockferry');
+  const base = process.env.XDG_CACHE_HOME;
+  return join(base?.startsWith('/') ? base : join(homedir(), '.cache'), 'blockferry');
 }
 
 /** The guest, from the cache or built now (a few seconds). Several processes may ask at once. */
