@@ -118,7 +118,10 @@ export interface Machine {
   continueSwitchover(): Promise<void>;
   /** Source: resolves when all was sent. The machine must not run here any more. */
   waitCompleted(timeoutMs: number): Promise<void>;
-  /** Source: ends a migration that is not completed; resolves when the machine runs here again, if it ran before. */
+  /**
+   * Source: ends a migration that was not let go by continueSwitchover(); resolves when the machine runs here again, if it ran
+   * before. After a migration that failed by itself it only waits for that.
+   */
   cancelMigration(timeoutMs?: number): Promise<void>;
   queryMigrate(): Promise<MigrationInfo>;
 

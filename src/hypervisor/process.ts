@@ -84,11 +84,11 @@ export class SupervisedProcess {
     return result;
   }
 
-  /** SIGTERM, and SIGKILL when that does not help. */
-  async terminate(): Promise<void> {
+  /** SIGTERM, and SIGKILL when that does not help within `timeoutMs`. */
+  async terminate(timeoutMs = TERMINATE_TIMEOUT_MS): Promise<void> {
     if (this.#exit !== null) return;
     this.#child.kill('SIGTERM');
-    if ((await this.exitWithin(TERMINATE_TIMEOUT_MS)) === null) await this.kill();
+    if ((await this.exitWithin(timeoutMs)) === null) await this.kill();
   }
 
   async kill(): Promise<void> {

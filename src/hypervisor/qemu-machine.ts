@@ -22,7 +22,7 @@ import type {
 import { describeExit, type SupervisedProcess } from './process.js';
 import { isObject, type JsonObject, type QmpClient, QmpCommandError, type QmpEvent } from './qmp.js';
 
-const QUIT_TIMEOUT_MS = 5_000;
+const STOP_STEP_TIMEOUT_MS = 5_000;
 const CANCEL_TIMEOUT_MS = 30_000;
 const LISTEN_TIMEOUT_MS = 5_000;
 const LISTEN_POLL_MS = 10;
@@ -49,6 +49,8 @@ interface Parts {
   serialPath: string | null;
   /** Removed when the process ends. */
   folder: string;
+  /** How long `stop` waits for the effect of `quit`, and again of SIGTERM. */
+  stopStepTimeoutMs?: number | undefined;
 }
 
 export class QemuMachine implements Machine {
@@ -58,13 +60,17 @@ export class QemuMachine implements Machine {
   readonly exited: Promise<MachineExit>;
   readonly #child: SupervisedProcess;
   readonly #qmp: QmpClient;
+  readonly #stopStepTimeoutMs: number;
   readonly #listeners = new Set<(event: MachineEvent) => void>();
   #running = false;
   #migration = 'none';
   #ranBeforeMigration = false;
+  /** The destination may run from here on: cancelling could make two of one machine. */
+  #letGo = false;
 
-  private constructor({ definition, child, qmp, serialPath, folder }: Parts) {
+  private constructor({ definition, child, qmp, serialPath, folder, stopStepTimeoutMs }: Parts) {
     this.definition = definition;
+    this.#stopStepTimeoutMs = stopStepTimeoutMs ?? STOP_STEP_TIMEOUT_MS;
     this.serialPath = serialPath;
     this.pid = child.pid;
     this.#child = child;
@@ -143,6 +149,7 @@ export class QemuMachine implements Machine {
     if (limits.downtimeLimitMs !== undefined) parameters['downtime-limit'] = limits.downtimeLimitMs;
     if (Object.keys(parameters).length > 0) await this.execute('migrate-set-parameters', parameters);
     this.#ranBeforeMigration = this.#running;
+    this.#letGo = false;
     this.#migration = 'setup';
     try {
       await this.execute('migrate', { uri });
@@ -157,7 +164,13 @@ export class QemuMachine implements Machine {
   }
 
   async continueSwitchover(): Promise<void> {
-    await this.execute('migrate-continue', { state: 'pre-switchover' });
+    this.#letGo = true;
+    try {
+      await this.execute('migrate-continue', { state: 'pre-switchover' });
+    } catch (error) {
+      if (error instanceof QmpCommandError) this.#letGo = false;
+      throw error;
+    }
   }
 
   async waitCompleted(timeoutMs: number): Promise<void> {
@@ -165,7 +178,8 @@ export class QemuMachine implements Machine {
   }
 
   async cancelMigration(timeoutMs = CANCEL_TIMEOUT_MS): Promise<void> {
-    if (this.#migration !== 'none') {
+    if (!OVER.has(this.#migration)) {
+      if (this.#letGo) throw this.#error('hypervisor', 'has begun its switchover, which cannot be cancelled');
       await this.execute('migrate_cancel');
       await this.#until(
         () => OVER.has(this.#migration),
@@ -173,9 +187,9 @@ export class QemuMachine implements Machine {
         timeoutMs,
         'did not cancel its migration',
       );
-      if (this.#migration === 'completed') {
-        throw this.#error('hypervisor', 'had completed its migration before it could be cancelled');
-      }
+    }
+    if (this.#migration === 'completed') {
+      throw this.#error('hypervisor', 'had completed its migration before it could be cancelled');
     }
     if (!this.#ranBeforeMigration) return;
     await this.#until(
@@ -193,8 +207,9 @@ export class QemuMachine implements Machine {
 
   async stop(): Promise<void> {
     if (this.#child.exit === null) {
-      await this.#qmp.execute('quit', {}, QUIT_TIMEOUT_MS).catch(() => {}); // dead, deaf or gone: the signals follow
-      if ((await this.#child.exitWithin(QUIT_TIMEOUT_MS)) === null) await this.#child.terminate();
+      const timeoutMs = this.#stopStepTimeoutMs;
+      this.#qmp.execute('quit', {}, timeoutMs).catch(() => {}); // dead, deaf or gone: the signals follow
+      if ((await this.#child.exitWithin(timeoutMs)) === null) await this.#child.terminate(timeoutMs);
     }
     await this.exited;
   }

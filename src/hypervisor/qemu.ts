@@ -26,6 +26,8 @@ export interface QemuDriverOptions {
   runtimeDir: string;
   /** Machines are killed when this process ends, however it ends. For tests and one-command demonstrations. */
   dieWithParent?: boolean;
+  /** How long a machine's `stop` waits for the effect of QMP's quit, and again of SIGTERM, before SIGKILL. Default 5 s. */
+  stopStepTimeoutMs?: number;
 }
 
 export class QemuDriver implements Hypervisor {
@@ -61,7 +63,8 @@ export class QemuDriver implements Hypervisor {
       try {
         const qmp = await connectWhenReady(definition, child, qmpPath(folder));
         const serialPath = definition.serial ? serialSocketPath(folder) : null;
-        return await QemuMachine.create({ definition, child, qmp, serialPath, folder });
+        const { stopStepTimeoutMs } = this.#options;
+        return await QemuMachine.create({ definition, child, qmp, serialPath, folder, stopStepTimeoutMs });
       } catch (error) {
         await child.kill();
         throw error;
