@@ -14,6 +14,7 @@ setup_packages=(
 )
 setup_qemu_packages=(qemu-system-x86 qemu-utils)
 setup_apt_options=(-y -q --no-install-recommends -o DPkg::Lock::Timeout=300)
+setup_os_release=/etc/os-release
 setup_backports_file=/etc/apt/sources.list.d/blockferry-backports.sources
 
 setup_say() { printf 'blockferry set-up: %s\n' "$*"; }
@@ -122,7 +123,7 @@ setup_apt() {
   done
   [ ${#missing[@]} -gt 0 ] || [ ${#qemu[@]} -gt 0 ] || [ $update = yes ] || return 0
 
-  codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+  codename=$(. "$(realpath "$setup_os_release")" && echo "${VERSION_CODENAME:-}")
   suite=$codename-backports sources=
   # Debian 13 and later have a QEMU of their own that is new enough.
   if [ ${#qemu[@]} -gt 0 ] && [ "$codename" = bookworm ]; then
