@@ -1,0 +1,138 @@
+/**
+ * Builds the test guest: Debian's cloud kernel, downloaded and unpacked but never installed, and an initramfs of busybox, the
+ * disk's kernel modules and the workload (test/lab/guest). The result is kept in the user's cache folder, under a hash of all
+ * that went into it.
+ */
+
+import { execFile } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import { chmod, copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
+import { homedir } from 'node:os';
+import { dirname, join, resolve } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
+
+const run = promisify(execFile);
+
+/** Compiled, this file is dist/test/lab/guest.js. */
+export const repositoryRoot = resolve(dirname(fileURLToPath(import.meta.url)), '../../..');
+const sources = join(repositoryRoot, 'test/lab/guest');
+
+const KERNEL_META_PACKAGE = 'linux-image-cloud-amd64';
+const BUSYBOX = ['/bin/busybox', '/usr/bin/busybox'];
+/** In the order of insertion; ext4 is built in. */
+const MODULES = [
+  'virtio/virtio_ring.ko',
+  'virtio/virtio.ko',
+  'virtio/virtio_pci_legacy_dev.ko',
+  'virtio/virtio_pci_modern_dev.ko',
+  'virtio/virtio_pci.ko',
+  'block/virtio_blk.ko',
+];
+const DOWNLOAD_TIMEOUT_MS = 120_000;
+
+export interface Guest {
+  kernel: string;
+  initrd: string;
+}
+
+/** What is missing on this machine to build or boot the guest, in one line; null if nothing is. */
+export async function guestMissing(): Promise<string | null> {
+  if (process.arch !== 'x64') return 'the test guest is built for x86-64 machines';
+  if (!BUSYBOX.some((path) => existsSync(path))) return 'busybox-static is not installed';
+  for (const tool of ['gcc', 'cpio', 'dpkg', 'apt-get']) {
+    const found = await run('sh', ['-c', `command -v ${tool}`]).catch(() => null);
+    if (found === null) return `${tool} is not installed`;
+  }
+  return kernelPackage().then(
+    () => null,
+    (error: Error) => error.message,
+  );
+}
+
+/** The package the meta package stands for at this moment: its name changes with every kernel update. */
+async function kernelPackage(): Promise<string> {
+  const answer = await run('apt-cache', ['depends', KERNEL_META_PACKAGE]).catch(() => ({ stdout: '' }));
+  const name = /Depends: (linux-image-\S+)/.exec(answer.stdout)?.[1];
+  if (name === undefined) throw new Error(`apt knows no ${KERNEL_META_PACKAGE}: run apt-get update`);
+  return name;
+}
+
+function cacheFolder(): string {
+  const base = process.env.XDG_CACHE_HOME;
+  return join(base?.startsWith('/') ? base : join(homedir(), '.cache'), 'blockferry');
+}
+
+/** The guest, from the cache or built now (a few seconds). Several processes may ask at once. */
+export async function buildGuest(): Promise<Guest> {
+  const kernel = await kernelPackage();
+  const busybox = BUSYBOX.find((path) => existsSync(path));
+  if (busybox === undefined)
+    throw new Error('the test guest needs busybox-static: apt-get install busybox-static');
+  const hash = createHash('sha256').update(`${kernel}\0${MODULES.join()}\0`);
+  for (const input of [
+    join(sources, 'workload.c'),
+    join(sources, 'init'),
+    busybox,
+    fileURLToPath(import.meta.url),
+  ]) {
+    hash.update(await readFile(input));
+  }
+  const folder = join(cacheFolder(), `guest-${hash.digest('hex').slice(0, 16)}`);
+  const guest = { kernel: join(folder, 'vmlinuz'), initrd: join(folder, 'initrd') };
+  if (existsSync(guest.initrd)) return guest;
+
+  await mkdir(cacheFolder(), { recursive: true });
+  const work = await mkdtemp(join(cacheFolder(), 'build-'));
+  try {
+    const ready = join(work, 'ready');
+    await mkdir(ready);
+    await buildInto(work, ready, kernel, busybox);
+    await rename(ready, folder).catch((error: NodeJS.ErrnoException) => {
+      if (error.code !== 'ENOTEMPTY' && error.code !== 'EEXIST') throw error; // somebody else was first
+    });
+  } finally {
+    await rm(work, { recursive: true, force: true });
+  }
+  return guest;
+}
+
+async function buildInto(work: string, ready: string, kernel: string, busybox: string): Promise<void> {
+  await run('apt-get', ['download', kernel], { cwd: work, timeout: DOWNLOAD_TIMEOUT_MS });
+  const archive = (await readdir(work)).find((name) => name.endsWith('.deb'));
+  if (archive === undefined) throw new Error(`apt-get download ${kernel} left no package`);
+  await run('dpkg', ['-x', archive, 'package'], { cwd: work });
+
+  const root = join(work, 'root');
+  await mkdir(join(root, 'bin'), { recursive: true });
+  await mkdir(join(root, 'modules'));
+  await copyFile(busybox, join(root, 'bin/busybox'));
+  await copyFile(join(sources, 'init'), join(root, 'init'));
+  await chmod(join(root, 'init'), 0o755);
+  const version = (await readdir(join(work, 'package/lib/modules')))[0]!;
+  for (const module of MODULES) {
+    const from = join(work, 'package/lib/modules', version, 'kernel/drivers', module);
+    if (existsSync(from)) await copyFile(from, join(root, 'modules', moduleName(module)));
+    else await unpackModule(from, join(root, 'modules', moduleName(module)));
+  }
+  await writeFile(join(root, 'modules/order'), `${MODULES.map(moduleName).join('\n')}\n`);
+  const workload = join(sources, 'workload.c');
+  await run('gcc', ['-static', '-O2', '-Wall', '-o', join(root, 'workload'), workload, '-lpthread']);
+  await run('strip', [join(root, 'workload')]);
+
+  const list = 'find . -print | sort | cpio --quiet -o -H newc -R 0:0 -F "$1"';
+  await run('sh', ['-c', list, 'sh', join(ready, 'initrd')], { cwd: root });
+  await copyFile(join(work, 'package/boot', `vmlinuz-${version}`), join(ready, 'vmlinuz'));
+}
+
+/** Newer kernels come with compressed modules. */
+async function unpackModule(from: string, to: string): Promise<void> {
+  await run('sh', ['-c', 'xz -dc "$1.xz" > "$2"', 'sh', from, to]).catch((error: Error) => {
+    throw new Error(`the kernel package has no ${from}: ${error.message}`);
+  });
+}
+
+function moduleName(path: string): string {
+  return path.slice(path.lastIndexOf('/') + 1);
+}
