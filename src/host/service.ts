@@ -1,8 +1,12 @@
 /** One volume as a daemon runs it: the volume, its relocation if it has a source, and the two faces it is served under. */
 
 import type { BlockDevice } from '../nbd/device.js';
+import type { BackgroundState } from '../relocation/background.js';
+import type { LinkState } from '../relocation/link.js';
+import type { Phase } from '../volume/phase.js';
+import type { RetreatProof } from '../volume/volume.js';
 
-export type Phase = 'plain' | 'standby' | 'relocating' | 'sealed' | 'retired';
+export type { Phase, RetreatProof };
 
 /** `status --json` of a volume: stable for scripts (design, section 8). Sizes in bytes, times ISO 8601. */
 export interface VolumeStatus {
@@ -12,11 +16,11 @@ export interface VolumeStatus {
   generation: number;
   size: number;
   presentBytes: number;
-  source: { uri: string; state: 'connecting' | 'connected' | 'lost' | 'mismatch'; error?: string } | null;
+  source: { uri: string; state: LinkState; error: string | null } | null;
   uri: string[];
   background: {
-    state: 'running' | 'paused' | 'waiting' | 'done' | 'off';
-    order: 'linear';
+    state: BackgroundState;
+    order: 'linear' | 'none';
     rateBytesPerSecond: number;
     rateLimitBytesPerSecond: number | null;
     etaSeconds: number | null;
@@ -32,12 +36,6 @@ export interface VolumeStatus {
   clients: number;
   handoffAt: string | null;
   error: string | null;
-}
-
-/** Proof that no takeover of `generation` stands: the destination's own answer to `retreat` or to its cancellation. */
-export interface RetreatProof {
-  volumeId: string;
-  generation: number;
 }
 
 export interface VolumeService {
@@ -61,6 +59,8 @@ export interface VolumeService {
 
   /** Destination side: standby -> relocating as `generation` (default: the next one). Idempotent per generation. */
   takeover(generation?: number): Promise<{ generation: number }>;
+  /** The machine is known to run here: no retreat any more, and the hand-off may come. A guest's write says the same. */
+  settle(): Promise<void>;
   /** Relocating -> standby, only before the guest's first write. The generation is burnt. */
   retreat(): Promise<RetreatProof>;
   /** Standby -> gone: maps, identity and the image it created. */

@@ -140,7 +140,7 @@ export class Image {
   /** Writes into the page cache: 0 or a negative errno. */
   write(buffer: Buffer, at: number, length: number, offset: number): number {
     const done = native.pwrite(this.fd, buffer, at, length, offset);
-    return done < 0 ? done : 0;
+    return Math.min(done, 0);
   }
 
   /** Makes a range read as zeros, on a thread: 0 or a negative errno. */

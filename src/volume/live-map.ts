@@ -40,7 +40,8 @@ export class LiveMap {
     const fd = openSync(path, constants.O_RDWR | constants.O_CREAT | constants.O_TRUNC, 0o600);
     try {
       const length = fileBytes(blocks);
-      const done = await native.allocate(fd, 0, length);
+      let done = await native.allocate(fd, 0, length);
+      if (done === -native.ERRNO.EOPNOTSUPP) done = await native.zeroRange(fd, 0, length, false);
       if (done < 0) {
         throw new BlockferryError(
           'no-space',

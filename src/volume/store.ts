@@ -126,11 +126,7 @@ export class BlockStore {
   }
 
   async #readCold(request: IoRequest): Promise<void> {
-    this.#reading++;
-    const done = await this.image.read(request.buffer, request.at, request.length, request.offset);
-    this.#reading--;
-    request.complete(done === 0 ? Errno.OK : errnoOfSystem(done));
-    this.#tellIdle();
+    request.complete(await this.#readOnThread(request.buffer, request.at, request.length, request.offset));
   }
 
   // Writes
@@ -370,6 +366,34 @@ export class BlockStore {
   /** Blocks of [first, end) will not come: who waits for them gets `errno`. */
   giveUp(first: number, end: number, errno: number): void {
     for (const { request } of this.#parking.take(first, end)) request.complete(errno);
+  }
+
+  /** There is no room to keep blocks of [first, end): reads of them pass through, changes that need them fail. */
+  overflow(first: number, end: number): void {
+    for (const { request, retry } of this.#parking.take(first, end)) {
+      if (retry === this.#retryRead && this.supplier !== null) this.supplier.readThrough(request);
+      else request.complete(Errno.ENOSPC);
+    }
+  }
+
+  /** Tries what waits for blocks of [first, end) again: what was fetched for them was not kept. */
+  retry(first: number, end: number): void {
+    this.#wake(first, end);
+  }
+
+  /** Reads blocks that are here: resolves with an errno. */
+  async readLocal(buffer: Buffer, at: number, length: number, offset: number): Promise<number> {
+    const now = this.readNow(offset, length, buffer, at);
+    if (now !== LATER) return now;
+    return this.#readOnThread(buffer, at, length, offset);
+  }
+
+  async #readOnThread(buffer: Buffer, at: number, length: number, offset: number): Promise<number> {
+    this.#reading++;
+    const done = await this.image.read(buffer, at, length, offset);
+    this.#reading--;
+    this.#tellIdle();
+    return done === 0 ? Errno.OK : errnoOfSystem(done);
   }
 
   /** Tries everything that waits for blocks again, after `keeps` or the supplier changed. */

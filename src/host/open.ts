@@ -1,0 +1,257 @@
+/** Opens a volume with its relocation, as every daemon runs it. */
+import type { Logger } from 'pino';
+import { BlockferryError } from '../errors.js';
+import type { BlockDevice } from '../nbd/device.js';
+import { describeVolume, probeSource } from '../relocation/link.js';
+import { Relocation } from '../relocation/relocation.js';
+import { GuestDevice, LinkDevice } from '../volume/faces.js';
+import { createProxied, openPlain, reopen } from '../volume/open.js';
+import type { RetreatProof, Volume } from '../volume/volume.js';
+import type { VolumeService, VolumeStatus } from './service.js';
+
+export interface RelocationSettings {
+  background: boolean;
+  rateBytesPerSecond: number | null;
+  /** null: reads wait for a lost source for ever, as on a hard mount. */
+  sourceTimeoutMs: number | null;
+}
+
+export type OpenMode =
+  | { kind: 'serve'; readOnly: boolean }
+  | ({ kind: 'proxy'; sourceUri: string; standby: boolean } & RelocationSettings)
+  | {
+      kind: 'arrive';
+      sourceUri: string;
+      volumeId: string;
+      generation: number;
+      size: number;
+      rateBytesPerSecond: number | null;
+    }
+  | { kind: 'resume' };
+
+export interface OpenVolumeOptions {
+  stateDir: string;
+  name: string;
+  /** Not needed to resume. */
+  image?: string;
+  mode: OpenMode;
+  log: Logger;
+}
+
+const DEFAULTS: RelocationSettings = { background: true, rateBytesPerSecond: null, sourceTimeoutMs: null };
+
+/** Throws what volume/open.ts and NbdClient.connect throw. */
+export async function openVolumeService(options: OpenVolumeOptions): Promise<VolumeService> {
+  const { mode, log } = options;
+  const volume = await openVolume(options);
+  try {
+    const settings = mode.kind === 'proxy' ? mode : DEFAULTS;
+    const limited =
+      mode.kind === 'arrive' ? { ...settings, rateBytesPerSecond: mode.rateBytesPerSecond } : settings;
+    const { source } = volume.identity.current;
+    const relocation = source === null ? null : new Relocation(volume, { ...limited, log });
+    return new RunningVolume(volume, relocation);
+  } catch (error) {
+    await volume.close().catch(() => undefined);
+    throw error;
+  }
+}
+
+async function openVolume({ stateDir, name, image, mode }: OpenVolumeOptions): Promise<Volume> {
+  if (mode.kind === 'resume') return reopen({ stateDir, name, ...(image === undefined ? {} : { image }) });
+  if (image === undefined) throw new BlockferryError('usage', `volume ${name} needs an image`);
+  if (mode.kind === 'serve') return openPlain({ stateDir, name, image, readOnly: mode.readOnly });
+  if (mode.kind === 'proxy') {
+    const known = await reopenProxied(stateDir, name, image, mode.sourceUri);
+    if (known !== undefined) return known;
+  }
+  const facts = await probeSource(mode.sourceUri);
+  const size = mode.kind === 'arrive' ? mode.size : facts.size;
+  if (facts.size !== size) {
+    throw new BlockferryError(
+      'source-mismatch',
+      `source ${mode.sourceUri} has ${facts.size} bytes, volume ${name} was announced with ${size}: check the source`,
+    );
+  }
+  return createProxied({
+    stateDir,
+    name,
+    image,
+    size,
+    source: { uri: mode.sourceUri, description: facts.description === '' ? null : facts.description },
+    standby: mode.kind === 'arrive' || mode.standby,
+    arrival: mode.kind === 'arrive' ? { volumeId: mode.volumeId, generation: mode.generation } : null,
+  });
+}
+
+/** A proxy that was stopped goes on where it was; a source that answers must still be that disk, which its link checks. */
+async function reopenProxied(
+  stateDir: string,
+  name: string,
+  image: string,
+  uri: string,
+): Promise<Volume | undefined> {
+  let volume: Volume;
+  try {
+    volume = await reopen({ stateDir, name, image });
+  } catch (error) {
+    if (error instanceof BlockferryError && error.code === 'not-found') return undefined;
+    throw error;
+  }
+  const { source, phase } = volume.identity.current;
+  if (source === null || source.uri === uri) return volume;
+  await volume.close();
+  throw new BlockferryError(
+    'state-mismatch',
+    `volume ${name} (${phase}) comes from ${source.uri}, not ${uri}: give that source, or another --name and image`,
+  );
+}
+
+class RunningVolume implements VolumeService {
+  readonly guest: BlockDevice;
+  readonly link: BlockDevice;
+  #gone = false;
+
+  constructor(
+    private readonly volume: Volume,
+    private readonly relocation: Relocation | null,
+  ) {
+    this.guest = new GuestDevice(volume);
+    this.link = new LinkDevice(volume);
+  }
+
+  get name(): string {
+    return this.volume.name;
+  }
+
+  get id(): string {
+    return this.volume.id;
+  }
+
+  get size(): number {
+    return this.volume.size;
+  }
+
+  get image(): string {
+    return this.volume.store.image.path;
+  }
+
+  get linkDescription(): string {
+    return describeVolume(this.volume.id, this.volume.generation);
+  }
+
+  status(): VolumeStatus {
+    const { volume, relocation } = this;
+    const { source, handoffAt } = volume.identity.current;
+    const { presentBytes, failure } = volume.store;
+    const background = relocation?.background;
+    const rate = background?.rate ?? 0;
+    const left = volume.size - presentBytes;
+    const traffic = relocation?.fetcher.traffic;
+    const fromSource = traffic ? traffic.demandBytes + traffic.backgroundBytes + traffic.throughBytes : 0;
+    const latency = relocation?.fetcher.demandLatency;
+    const linked = source !== null && relocation !== null;
+    return {
+      name: volume.name,
+      id: volume.id,
+      phase: volume.phase,
+      generation: volume.generation,
+      size: volume.size,
+      presentBytes,
+      source: linked ? { uri: source.uri, state: relocation.link.state, error: relocation.link.error } : null,
+      uri: [],
+      background: {
+        state: background?.state ?? 'done',
+        order: background === undefined ? 'none' : 'linear',
+        rateBytesPerSecond: Math.round(rate),
+        rateLimitBytesPerSecond: background?.rateLimit ?? null,
+        etaSeconds: left === 0 ? 0 : rate > 1 ? Math.ceil(left / rate) : null,
+      },
+      demand: {
+        reads: latency?.total ?? 0,
+        p50Ms: round(latency?.quantile(0.5)),
+        p99Ms: round(latency?.quantile(0.99)),
+      },
+      traffic: {
+        fromSourceBytes: fromSource,
+        demandBytes: traffic?.demandBytes ?? 0,
+        backgroundBytes: traffic?.backgroundBytes ?? 0,
+        wireBytes: fromSource, // until the link compresses
+        zeroBytes: traffic?.zeroBytes ?? 0,
+      },
+      clients: 0,
+      handoffAt,
+      error: failure?.message ?? relocation?.error ?? null,
+    };
+  }
+
+  seal(generation: number): Promise<void> {
+    return this.volume.seal(generation);
+  }
+
+  unseal(proof: RetreatProof): Promise<void> {
+    return this.volume.unseal(proof);
+  }
+
+  retire(options: { deleteImage: boolean }): Promise<void> {
+    return this.volume.retire(options);
+  }
+
+  takeover(generation?: number): Promise<{ generation: number }> {
+    return this.volume.takeover(generation);
+  }
+
+  settle(): Promise<void> {
+    return this.volume.settle();
+  }
+
+  retreat(): Promise<RetreatProof> {
+    return this.volume.retreat();
+  }
+
+  async cancel(): Promise<RetreatProof> {
+    const proof = await this.volume.cancel();
+    this.#gone = true;
+    await this.relocation?.close();
+    return proof;
+  }
+
+  #relocating(): Relocation {
+    if (this.relocation !== null) return this.relocation;
+    throw new BlockferryError(
+      'phase',
+      `volume ${this.name} is ${this.volume.phase} and has no source: there is nothing to relocate`,
+    );
+  }
+
+  pause(): void {
+    this.#relocating().background.pause();
+  }
+
+  resume(): void {
+    this.#relocating().background.resume();
+  }
+
+  setRate(bytesPerSecond: number | null): void {
+    this.#relocating().background.setRate(bytesPerSecond);
+  }
+
+  async prefetch(offset: number, length: number): Promise<void> {
+    await this.relocation?.prefetch(offset, length);
+  }
+
+  async handedOff(): Promise<void> {
+    await this.relocation?.handedOff();
+  }
+
+  async close(): Promise<void> {
+    if (this.#gone) return;
+    this.#gone = true;
+    await this.relocation?.close();
+    await this.volume.close();
+  }
+}
+
+function round(ms = 0): number {
+  return Math.round(ms * 1000) / 1000;
+}

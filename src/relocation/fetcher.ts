@@ -1,0 +1,220 @@
+/**
+ * Fetches missing blocks and fills them into the volume: on demand, for all who wait at once, and in bulk.
+ *
+ * Invariants
+ * - A block is in flight at most once. Who wants a block that is in flight waits for that fetch.
+ * - A fetch belongs to the epoch it began in; if the blocks were dropped meanwhile its data is too, and who waits asks again.
+ * - Nothing is filled from a fetch that failed or came short.
+ * - Reads that pass through (before a takeover, or with no room to keep blocks) share nothing and keep nothing.
+ */
+import { BlockferryError, errnoOf } from '../errors.js';
+import { Errno } from '../nbd/constants.js';
+import type { IoRequest } from '../nbd/device.js';
+import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks, REGION_BLOCKS } from '../volume/blocks.js';
+import type { BlockStore, Supplier } from '../volume/store.js';
+import { BufferPool } from './buffers.js';
+import { Histogram } from './histogram.js';
+import type { Lane, Link } from './link.js';
+
+/** Blocks of one fetch, at most: 1 MiB. */
+const FETCH_BLOCKS_MAX = 256;
+
+export interface Traffic {
+  demandBytes: number;
+  backgroundBytes: number;
+  /** Passed through, not kept. */
+  throughBytes: number;
+  /** Known to be zero, never sent. */
+  zeroBytes: number;
+}
+
+export class Fetcher implements Supplier {
+  readonly #store: BlockStore;
+  readonly #link: Link;
+  readonly #pool = new BufferPool();
+  /** Blocks in flight: two 32-bit masks per region of 64 blocks that has any. */
+  readonly #inFlight = new Map<number, Int32Array>();
+  readonly #underWay = new Set<{ first: number; end: number; done: Promise<number> }>();
+  #demandsInFlight = 0;
+  readonly demandLatency = new Histogram();
+  readonly traffic: Traffic = { demandBytes: 0, backgroundBytes: 0, throughBytes: 0, zeroBytes: 0 };
+  /** Told when a range is likely to be wanted. */
+  onPrefetch: ((first: number, end: number) => void) | null = null;
+  /** Told when a demand fetch is over. */
+  onDemandDone: (() => void) | null = null;
+
+  constructor(store: BlockStore, link: Link) {
+    this.#store = store;
+    this.#link = link;
+  }
+
+  get demandsInFlight(): number {
+    return this.#demandsInFlight;
+  }
+
+  // Supplier
+
+  demand(first: number, end: number): void {
+    for (let block = first; block < end; ) {
+      const run = this.nextRun(block, end, FETCH_BLOCKS_MAX);
+      if (run === undefined) return;
+      void this.#demandRun(run.first, run.end);
+      block = run.end;
+    }
+  }
+
+  async #demandRun(first: number, end: number): Promise<void> {
+    this.#demandsInFlight++;
+    const began = performance.now();
+    await this.fetch('demand', first, end);
+    this.demandLatency.add(performance.now() - began);
+    this.#demandsInFlight--;
+    this.onDemandDone?.();
+  }
+
+  prefetch(first: number, end: number): void {
+    this.onPrefetch?.(first, end);
+  }
+
+  readThrough(request: IoRequest): void {
+    this.#passThrough(request).then(
+      (errno) => request.complete(errno),
+      (error) => request.complete(errnoOf(error)),
+    );
+  }
+
+  /** Local blocks from the image, the others from the source, straight into the request's buffer. */
+  async #passThrough(request: IoRequest): Promise<number> {
+    const { offset, length, buffer, at } = request;
+    const past = offset + length;
+    const end = blocksOf(past);
+    const { presence } = this.#store;
+    const parts: Promise<number>[] = [];
+    for (let from = offset; from < past; ) {
+      const block = blockAt(from);
+      const local = presence === null || presence.has(block);
+      const next =
+        presence === null ? end : local ? presence.nextMissing(block, end) : presence.nextPresent(block, end);
+      const to = Math.min(next * BLOCK_BYTES, past);
+      const place = at + from - offset;
+      parts.push(
+        local
+          ? this.#store.readLocal(buffer, place, to - from, from)
+          : this.#through(from, to - from, buffer, place),
+      );
+      from = to;
+    }
+    // All must be over, also after a failure: the buffer belongs to them until then.
+    const results = await Promise.allSettled(parts);
+    for (const result of results) {
+      if (result.status === 'rejected') return errnoOf(result.reason);
+      if (result.value !== Errno.OK) return result.value;
+    }
+    return Errno.OK;
+  }
+
+  async #through(offset: number, length: number, buffer: Buffer, at: number): Promise<number> {
+    await this.#link.read('demand', offset, length, buffer, at);
+    this.traffic.throughBytes += length;
+    return Errno.OK;
+  }
+
+  // Fetches
+
+  /** The first run of blocks in [from, end) that are missing and not in flight, `blocksMax` long at most. */
+  nextRun(from: number, end: number, blocksMax: number): { first: number; end: number } | undefined {
+    const { presence } = this.#store;
+    if (presence === null) return undefined;
+    let first = presence.nextMissing(from, end);
+    while (first < end && this.#isInFlight(first)) first = presence.nextMissing(first + 1, end);
+    if (first >= end) return undefined;
+    const stop = presence.nextPresent(first, Math.min(end, first + blocksMax));
+    let past = first + 1;
+    while (past < stop && !this.#isInFlight(past)) past++;
+    return { first, end: past };
+  }
+
+  /**
+   * Fetches and fills [first, end): blocks that are missing and not in flight, FETCH_BLOCKS_MAX at most. Resolves with an errno
+   * when it is over; those who wait for the blocks have been told.
+   */
+  async fetch(lane: Lane, first: number, end: number): Promise<number> {
+    const fetch = { first, end, done: this.#run(lane, first, end) };
+    this.#underWay.add(fetch);
+    const errno = await fetch.done;
+    this.#underWay.delete(fetch);
+    return errno;
+  }
+
+  /** Resolves when the fetches that touch [first, end) now are over. */
+  async settled(first: number, end: number): Promise<void> {
+    const touching = [...this.#underWay].filter((fetch) => fetch.first < end && first < fetch.end);
+    await Promise.all(touching.map((fetch) => fetch.done));
+  }
+
+  async #run(lane: Lane, first: number, end: number): Promise<number> {
+    const { epoch } = this.#store;
+    const bytes = bytesOfBlocks(first, end, this.#store.image.size);
+    const buffer = this.#pool.take(bytes);
+    this.#mark(first, end);
+    let failure: unknown;
+    try {
+      await this.#link.read(lane, first * BLOCK_BYTES, bytes, buffer, 0);
+    } catch (error) {
+      failure = error;
+    }
+    this.#unmark(first, end);
+    const errno =
+      failure === undefined
+        ? this.#keep(epoch, first, end, buffer, lane, bytes)
+        : this.#fail(first, end, failure);
+    this.#pool.give(buffer);
+    return errno;
+  }
+
+  #keep(epoch: number, first: number, end: number, buffer: Buffer, lane: Lane, bytes: number): number {
+    if (epoch !== this.#store.epoch) {
+      this.#store.retry(first, end);
+      return Errno.OK;
+    }
+    this.traffic[lane === 'demand' ? 'demandBytes' : 'backgroundBytes'] += bytes;
+    const errno = this.#store.fill(epoch, first, end, buffer, 0);
+    if (errno === Errno.ENOSPC) this.#store.overflow(first, end);
+    else if (errno !== Errno.OK) this.#store.giveUp(first, end, errno);
+    return errno;
+  }
+
+  #fail(first: number, end: number, failure: unknown): number {
+    const closed = failure instanceof BlockferryError && failure.code === 'closed';
+    const errno = closed ? Errno.ESHUTDOWN : Errno.EIO;
+    this.#store.giveUp(first, end, errno);
+    return errno;
+  }
+
+  #isInFlight(block: number): boolean {
+    const mask = this.#inFlight.get(Math.floor(block / REGION_BLOCKS));
+    return mask !== undefined && (mask[(block >>> 5) & 1]! & (1 << (block & 31))) !== 0;
+  }
+
+  #mark(first: number, end: number): void {
+    for (let block = first; block < end; block++) {
+      const region = Math.floor(block / REGION_BLOCKS);
+      let mask = this.#inFlight.get(region);
+      if (mask === undefined) {
+        mask = new Int32Array(2);
+        this.#inFlight.set(region, mask);
+      }
+      mask[(block >>> 5) & 1]! |= 1 << (block & 31);
+    }
+  }
+
+  #unmark(first: number, end: number): void {
+    for (let block = first; block < end; block++) {
+      const region = Math.floor(block / REGION_BLOCKS);
+      const mask = this.#inFlight.get(region);
+      if (mask === undefined) continue;
+      mask[(block >>> 5) & 1]! &= ~(1 << (block & 31));
+      if (mask[0] === 0 && mask[1] === 0) this.#inFlight.delete(region);
+    }
+  }
+}

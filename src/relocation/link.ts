@@ -1,0 +1,292 @@
+/**
+ * The link: all connections from one volume to its source, and what happens when they break.
+ *
+ * - Several connections where the source allows it: the first serves demand, the others bulk, so that a demand read never
+ *   queues behind bulk ones on the wire. With one connection both share it.
+ * - Losing a connection is normal: it is made again with back-off, the source is checked again, and what was pending is sent
+ *   again. A read waits for as long as that takes, or until the source timeout.
+ * - A source that is not the disk it was (size, or volume and generation where it tells them) is not read from, ever.
+ */
+import type { Logger } from 'pino';
+import { BlockferryError, messageOf } from '../errors.js';
+import { type Extent, NbdClient } from '../nbd/client/client.js';
+import { BASE_ALLOCATION, TransmissionFlag } from '../nbd/constants.js';
+
+export type Lane = 'demand' | 'bulk';
+export type LinkState = 'connecting' | 'connected' | 'lost' | 'mismatch';
+
+/** Connections to a source that allows more than one. The first is for demand. */
+const CONNECTIONS = 3;
+const BACKOFF_MS_MIN = 100;
+const BACKOFF_MS_MAX = 5_000;
+/** A spare connection that the source does not give us is asked for again only so often. */
+const SPARE_BACKOFF_MS = 30_000;
+/** A request unanswered for so long means that the connection is dead, though nobody said so. */
+const REQUEST_TIMEOUT_MS = 30_000;
+const CONNECT_TIMEOUT_MS = 10_000;
+
+/** What a source says of itself. */
+export interface SourceFacts {
+  size: number;
+  description: string;
+}
+
+/** How a blockferry names a volume to its links. */
+export function describeVolume(id: string, generation: number): string {
+  return `blockferry volume ${id} generation ${generation}`;
+}
+
+const DESCRIPTION = /^blockferry volume (\S+) generation (\d+)$/;
+
+/** Why a source that was met as `known` must not be read from as `now`; undefined if it may. */
+export function whyNotTheSame(
+  known: { size: number; description: string | null },
+  now: SourceFacts,
+): string | undefined {
+  if (now.size !== known.size) return `its size is ${now.size} bytes, not ${known.size}`;
+  if (
+    known.description === null ||
+    !DESCRIPTION.test(known.description) ||
+    now.description === known.description
+  )
+    return undefined;
+  return `it was '${known.description}' and is '${now.description}' now`;
+}
+
+/** Asks a source once what it is. Throws what NbdClient.connect does. */
+export async function probeSource(uri: string): Promise<SourceFacts> {
+  const client = await NbdClient.connect(uri, { connectTimeoutMs: CONNECT_TIMEOUT_MS });
+  const { size, description } = client.info;
+  await client.close();
+  return { size, description };
+}
+
+export interface LinkOptions {
+  uri: string;
+  known: { size: number; description: string | null };
+  /** How long a read waits for a lost source before it fails; null: for ever. */
+  sourceTimeoutMs: number | null;
+  log: Logger;
+}
+
+export class Link {
+  #state: LinkState = 'connecting';
+  #error: string | null = null;
+  #closed = false;
+  readonly #clients: (NbdClient | null)[] = [];
+  #waiting: { resolve: (client: NbdClient) => void; reject: (error: BlockferryError) => void }[] = [];
+  #turn = 0;
+  #timeout: NodeJS.Timeout | undefined;
+  #overdue: BlockferryError | null = null;
+  readonly #abort = new AbortController();
+  readonly #loops: Promise<void>[] = [];
+
+  constructor(private readonly options: LinkOptions) {
+    this.#lost();
+    this.#open(0);
+  }
+
+  get state(): LinkState {
+    return this.#state;
+  }
+
+  /** Why there is no connection, if so. */
+  get error(): string | null {
+    return this.#error;
+  }
+
+  get uri(): string {
+    return this.options.uri;
+  }
+
+  /** Bulk has connections of its own. */
+  get lanesApart(): boolean {
+    return this.#clients.some((client, index) => index > 0 && client !== null);
+  }
+
+  /**
+   * Fills buffer[at, at + length). Waits through losses of the source; rejects with 'source-io' when the source answers with an
+   * error, 'source-unreachable' after the source timeout, 'closed' when the link is closed.
+   */
+  async read(lane: Lane, offset: number, length: number, buffer: Buffer, at: number): Promise<void> {
+    for (;;) {
+      const client = this.#pick(lane) ?? (await this.#connected());
+      try {
+        await client.read(offset, length, buffer, at);
+        return;
+      } catch (error) {
+        this.#rethrowFinal(error, client);
+      }
+    }
+  }
+
+  /** What the source says is allocated from `offset` on: extents that cover at least one byte; null if it does not tell. */
+  async allocation(offset: number, length: number): Promise<Extent[] | null> {
+    for (;;) {
+      const client = this.#pick('bulk') ?? (await this.#connected());
+      if (!client.info.contexts.has(BASE_ALLOCATION)) return null;
+      try {
+        return await client.blockStatus(BASE_ALLOCATION, offset, length);
+      } catch (error) {
+        this.#rethrowFinal(error, client);
+      }
+    }
+  }
+
+  /** Returns if the request is worth sending again over another connection. */
+  #rethrowFinal(error: unknown, client: NbdClient): void {
+    if (this.#closed) throw closedError();
+    const code = error instanceof BlockferryError ? error.code : undefined;
+    if (code !== 'closed' && code !== 'protocol' && code !== 'timeout') throw error;
+    // Its own loop notices too, but maybe later than the next pick.
+    const index = this.#clients.indexOf(client);
+    if (index !== -1) this.#clients[index] = null;
+    if (this.#clients.every((other) => other === null)) this.#lost();
+  }
+
+  #pick(lane: Lane): NbdClient | null {
+    if (lane === 'demand' && this.#clients[0]) return this.#clients[0];
+    const spare = this.#clients.length - 1;
+    for (let i = 0; i < spare; i++) {
+      this.#turn = (this.#turn + 1) % spare;
+      const client = this.#clients[1 + this.#turn];
+      if (client) return client;
+    }
+    return this.#clients[0] ?? null;
+  }
+
+  #connected(): Promise<NbdClient> {
+    if (this.#closed) return Promise.reject(closedError());
+    if (this.#overdue !== null) return Promise.reject(this.#overdue);
+    return new Promise((resolve, reject) => this.#waiting.push({ resolve, reject }));
+  }
+
+  #open(index: number): void {
+    this.#clients[index] = null;
+    this.#loops.push(this.#run(index));
+  }
+
+  /** Keeps one connection alive until the link is closed. */
+  async #run(index: number): Promise<void> {
+    let backoffMs = BACKOFF_MS_MIN;
+    while (!this.#closed) {
+      try {
+        const client = await this.#connect();
+        backoffMs = BACKOFF_MS_MIN;
+        this.#use(index, client);
+        const why = await client.closed;
+        this.#drop(index, client, why);
+      } catch (error) {
+        this.#refused(index, error);
+        if (index > 0 && this.#clients[0]) backoffMs = SPARE_BACKOFF_MS;
+      }
+      if (!this.#closed) await this.#pauseFor(backoffMs * (0.75 + Math.random() / 2));
+      backoffMs = Math.min(backoffMs * 2, BACKOFF_MS_MAX);
+    }
+  }
+
+  async #connect(): Promise<NbdClient> {
+    const { uri, known } = this.options;
+    const client = await NbdClient.connect(uri, {
+      contexts: [BASE_ALLOCATION],
+      connectTimeoutMs: CONNECT_TIMEOUT_MS,
+      requestTimeoutMs: REQUEST_TIMEOUT_MS,
+      signal: this.#abort.signal,
+    });
+    const why = whyNotTheSame(known, client.info);
+    if (why === undefined) return client;
+    client.destroy();
+    throw new BlockferryError('source-mismatch', `${uri} is not the source any more: ${why}`);
+  }
+
+  #use(index: number, client: NbdClient): void {
+    if (this.#closed) {
+      client.destroy();
+      return;
+    }
+    this.#clients[index] = client;
+    if (this.#state !== 'connected') this.options.log.info({ source: this.uri }, 'source connected');
+    this.#state = 'connected';
+    this.#error = null;
+    this.#overdue = null;
+    clearTimeout(this.#timeout);
+    const waiting = this.#waiting;
+    this.#waiting = [];
+    for (const { resolve } of waiting) resolve(client);
+    const several = (client.info.flags & TransmissionFlag.CAN_MULTI_CONN) !== 0;
+    if (index === 0 && several) {
+      for (let spare = this.#clients.length; spare < CONNECTIONS; spare++) this.#open(spare);
+    }
+  }
+
+  #drop(index: number, client: NbdClient, why: BlockferryError | null): void {
+    if (this.#clients[index] === client) this.#clients[index] = null;
+    if (this.#closed) return;
+    this.#error = why === null ? 'the source closed the connection' : why.message;
+    if (this.#clients.every((other) => other === null)) this.#lost();
+  }
+
+  #refused(index: number, error: unknown): void {
+    if (this.#closed || index > 0) return;
+    const mismatch = error instanceof BlockferryError && error.code === 'source-mismatch';
+    const state = mismatch ? 'mismatch' : this.#state === 'connecting' ? 'connecting' : 'lost';
+    if (this.#error !== messageOf(error)) {
+      this.options.log.warn({ source: this.uri, error: messageOf(error) }, 'source not connected, trying on');
+    }
+    this.#error = messageOf(error);
+    if (!this.#clients.some((client) => client !== null)) this.#state = state;
+  }
+
+  #lost(): void {
+    if (this.#closed || this.#state === 'lost') return;
+    if (this.#state === 'connected') {
+      this.#state = 'lost';
+      this.options.log.warn(
+        { source: this.uri, error: this.#error },
+        'source lost, reads of missing blocks wait',
+      );
+    }
+    const { sourceTimeoutMs } = this.options;
+    if (sourceTimeoutMs === null) return;
+    clearTimeout(this.#timeout);
+    this.#timeout = setTimeout(() => {
+      this.#overdue = new BlockferryError(
+        'source-unreachable',
+        `source ${this.uri} did not come back in ${sourceTimeoutMs} ms`,
+      );
+      const waiting = this.#waiting;
+      this.#waiting = [];
+      for (const { reject } of waiting) reject(this.#overdue);
+    }, sourceTimeoutMs);
+  }
+
+  #pauseFor(ms: number): Promise<void> {
+    return new Promise((resolve) => {
+      const { signal } = this.#abort;
+      const done = (): void => {
+        clearTimeout(timer);
+        signal.removeEventListener('abort', done);
+        resolve();
+      };
+      const timer = setTimeout(done, ms);
+      signal.addEventListener('abort', done);
+      if (signal.aborted) done();
+    });
+  }
+
+  /** Lets go of the source. Pending reads reject with 'closed'. */
+  async close(): Promise<void> {
+    this.#closed = true;
+    clearTimeout(this.#timeout);
+    this.#abort.abort();
+    const waiting = this.#waiting;
+    this.#waiting = [];
+    for (const { reject } of waiting) reject(closedError());
+    await Promise.all(this.#clients.map((client) => client?.close()));
+    await Promise.all(this.#loops);
+  }
+}
+
+function closedError(): BlockferryError {
+  return new BlockferryError('closed', 'the link to the source is closed');
+}

@@ -1,0 +1,142 @@
+/**
+ * The relocation of one volume: follows its phase, from standby to the hand-off, and lets go of the source then.
+ *
+ * standby: reads pass through, nothing is kept. relocating: demand and background fill the volume. All blocks here, and the
+ * machine known to run here: hand-off, the link closes, clients stay connected.
+ */
+import type { Logger } from 'pino';
+import { BlockferryError, messageOf } from '../errors.js';
+import { blockAt, blocksOf } from '../volume/blocks.js';
+import type { Volume } from '../volume/volume.js';
+import { Background } from './background.js';
+import { Fetcher } from './fetcher.js';
+import { Link } from './link.js';
+
+export interface RelocationOptions {
+  background: boolean;
+  rateBytesPerSecond: number | null;
+  sourceTimeoutMs: number | null;
+  log: Logger;
+}
+
+export class Relocation {
+  readonly link: Link;
+  readonly fetcher: Fetcher;
+  readonly background: Background;
+  readonly #handedOff: Promise<void>;
+  #tellHandedOff: () => void = () => undefined;
+  #failHandOff: (error: unknown) => void = () => undefined;
+  #handOffError: string | null = null;
+  #over = false;
+
+  /** Attaches to a volume in phase standby or relocating, which has a source. */
+  constructor(
+    private readonly volume: Volume,
+    private readonly options: RelocationOptions,
+  ) {
+    const { source, size } = volume.identity.current;
+    if (source === null)
+      throw new BlockferryError('state-damaged', `volume ${volume.name} has no source to come from`);
+    const known = { size, description: source.description };
+    this.link = new Link({
+      uri: source.uri,
+      known,
+      sourceTimeoutMs: options.sourceTimeoutMs,
+      log: options.log,
+    });
+    this.fetcher = new Fetcher(volume.store, this.link);
+    this.background = new Background(volume.store, this.fetcher, this.link, {
+      enabled: options.background,
+      rateBytesPerSecond: options.rateBytesPerSecond,
+      log: options.log,
+    });
+    this.fetcher.onPrefetch = (first, end) => this.background.want(first, end);
+    this.fetcher.onDemandDone = () => this.background.nudge();
+    this.#handedOff = new Promise((resolve, reject) => {
+      this.#tellHandedOff = resolve;
+      this.#failHandOff = reject;
+    });
+    this.#handedOff.catch(() => undefined);
+    volume.store.supplier = this.fetcher;
+    volume.onChange = () => this.#follow();
+    this.#follow();
+  }
+
+  /** Why the hand-off did not happen though all blocks are here, if so. */
+  get error(): string | null {
+    return this.#handOffError ?? this.background.error;
+  }
+
+  #follow(): void {
+    if (this.#over) return;
+    const { store, phase, settled } = this.volume;
+    if (phase !== 'relocating') {
+      this.background.stop();
+      return;
+    }
+    store.onComplete = () => void this.#handOff();
+    if (store.presence?.complete) {
+      if (settled) void this.#handOff();
+    } else {
+      this.background.start();
+    }
+  }
+
+  async #handOff(): Promise<void> {
+    try {
+      if (!(await this.volume.handOff())) return; // not settled yet: the next change of the volume asks again
+      if (this.#over) return;
+      this.#over = true;
+      this.volume.store.supplier = null;
+      this.background.close();
+      this.options.log.info(
+        { volume: this.volume.name },
+        'handed off: every block is local, the source is let go',
+      );
+      await this.link.close();
+      this.#tellHandedOff();
+    } catch (error) {
+      this.#handOffError = messageOf(error);
+      this.options.log.error({ error }, 'hand-off failed');
+    }
+  }
+
+  /** Resolves when every block is local and the link is closed; rejects when the relocation is closed before. */
+  handedOff(): Promise<void> {
+    return this.#handedOff;
+  }
+
+  /** Brings a range here before the rest; resolves when it is local. Bytes. */
+  async prefetch(offset: number, length: number): Promise<void> {
+    const { store, size, phase } = this.volume;
+    if (phase === 'plain') return;
+    if (phase !== 'relocating') {
+      throw new BlockferryError(
+        'phase',
+        `volume ${this.volume.name} is ${phase}: there is nothing to prefetch before the takeover`,
+      );
+    }
+    const past = Math.min(offset + length, size);
+    if (length <= 0 || offset >= past)
+      throw new BlockferryError('bounds', 'the range lies outside the volume');
+    const first = blockAt(offset);
+    const end = blocksOf(past);
+    await this.background.bring(first, end);
+    if (store.presence !== null && !store.presence.hasAll(first, end)) {
+      throw new BlockferryError(
+        'source-io',
+        `not all of the range could be fetched: ${this.background.error ?? 'the source failed'}`,
+      );
+    }
+  }
+
+  async close(): Promise<void> {
+    if (this.#over) return;
+    this.#over = true;
+    this.background.close();
+    await this.link.close();
+    this.#failHandOff(
+      new BlockferryError('closed', `volume ${this.volume.name} was closed before its hand-off`),
+    );
+  }
+}
