@@ -1,0 +1,153 @@
+/**
+ * Accepts clients at all addresses of a daemon, leads each through the handshake and hands it to a session. Holds every
+ * connection until it is closed, and closes in order: no new clients, requests in flight finished, then the rest cut off.
+ */
+import type net from 'node:net';
+import type { Duplex } from 'node:stream';
+import type { Logger } from 'pino';
+import { exportUri, type ListenAddress } from '../address.js';
+import {
+  CONNECTIONS_MAX,
+  HANDSHAKE_DRAIN_TIMEOUT_MS,
+  HANDSHAKE_TIMEOUT_MS,
+  SESSION_DRAIN_TIMEOUT_MS,
+} from '../constants.js';
+import { Connection, type ConnectionParameters, type StartSession } from './connection.js';
+import type { ExportDirectory } from './exports.js';
+import { type BoundServer, bind } from './sockets.js';
+import { openStdio } from './stdio.js';
+
+export type { Session, SessionParameters, StartSession } from './connection.js';
+
+export interface ListenerParameters {
+  addresses: readonly ListenAddress[];
+  exports: ExportDirectory;
+  startSession: StartSession;
+  log: Logger;
+  /** Default: CONNECTIONS_MAX. */
+  connectionsMax?: number;
+  /** Default: HANDSHAKE_TIMEOUT_MS. */
+  handshakeTimeoutMs?: number;
+  /** Default: HANDSHAKE_DRAIN_TIMEOUT_MS. */
+  handshakeDrainTimeoutMs?: number;
+  /** Default: SESSION_DRAIN_TIMEOUT_MS. */
+  sessionDrainTimeoutMs?: number;
+}
+
+export class Listener {
+  /** Resolves when the session on stdio is over, and with it the reason to be; never without stdio among the addresses. */
+  readonly stdioClosed: Promise<void>;
+  readonly #parameters: ListenerParameters;
+  readonly #connectionParameters: ConnectionParameters;
+  readonly #connections = new Set<Connection>();
+  readonly #servers: BoundServer[] = [];
+  readonly #complained = new Set<string>();
+  #resolveStdioClosed: () => void = () => {};
+  #closing: Promise<void> | undefined;
+
+  /** Listens at all addresses, or at none and throws 'address'. */
+  static async open(parameters: ListenerParameters): Promise<Listener> {
+    const listener = new Listener(parameters);
+    try {
+      await listener.#open();
+    } catch (error) {
+      await listener.close();
+      throw error;
+    }
+    return listener;
+  }
+
+  private constructor(parameters: ListenerParameters) {
+    const { exports, startSession, log } = parameters;
+    this.#parameters = parameters;
+    this.stdioClosed = new Promise((resolve) => {
+      this.#resolveStdioClosed = resolve;
+    });
+    const isClosing = () => this.#closing !== undefined;
+    this.#connectionParameters = {
+      exports: {
+        list: () => exports.list(),
+        find: (name) => exports.find(name),
+        get shuttingDown() {
+          return isClosing() || exports.shuttingDown;
+        },
+      },
+      startSession,
+      log,
+      handshakeTimeoutMs: parameters.handshakeTimeoutMs ?? HANDSHAKE_TIMEOUT_MS,
+      complain: (kind, detail, peer) => this.#complain(kind, detail, peer),
+    };
+  }
+
+  async #open(): Promise<void> {
+    for (const address of this.#parameters.addresses) {
+      if (address.kind === 'stdio') continue;
+      const bound = await bind(address, (socket) => this.#accept(socket));
+      bound.server.on('error', (error: NodeJS.ErrnoException) =>
+        this.#complain(`accept-${error.code ?? 'error'}`, error.message, 'unknown'),
+      );
+      this.#servers.push(bound);
+    }
+    if (this.#parameters.addresses.some((address) => address.kind === 'stdio'))
+      void this.#accept(openStdio())?.closed.then(this.#resolveStdioClosed);
+  }
+
+  /** The NBD URIs of an export (default: the default export) at all addresses that have one. */
+  addresses(exportName = ''): string[] {
+    return this.#servers.flatMap(({ bound }) => (bound && exportUri(bound, exportName)) ?? []);
+  }
+
+  /** Clients in the transmission phase of an export. */
+  connections(exportName: string): number {
+    let count = 0;
+    for (const connection of this.#connections) if (connection.exportName === exportName) count++;
+    return count;
+  }
+
+  /** Stops accepting, lets sessions finish their requests, cuts off what takes too long. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
+    const {
+      handshakeDrainTimeoutMs = HANDSHAKE_DRAIN_TIMEOUT_MS,
+      sessionDrainTimeoutMs = SESSION_DRAIN_TIMEOUT_MS,
+    } = this.#parameters;
+    const serversClosed = this.#servers.map(
+      ({ server }) => new Promise<void>((resolve) => server.close(() => resolve())),
+    );
+    await Promise.all(
+      [...this.#connections].map((connection) =>
+        connection.shutDown(handshakeDrainTimeoutMs, sessionDrainTimeoutMs),
+      ),
+    );
+    await Promise.all(serversClosed);
+  }
+
+  #accept(socket: net.Socket | Duplex): Connection | undefined {
+    const { connectionsMax = CONNECTIONS_MAX } = this.#parameters;
+    if (this.#closing !== undefined || this.#connections.size >= connectionsMax) {
+      if (this.#closing === undefined)
+        this.#complain('connections-max', `there are ${connectionsMax} already`, 'unknown');
+      socket.on('error', () => {});
+      socket.destroy();
+      return undefined;
+    }
+    const connection = new Connection(socket, this.#connectionParameters);
+    this.#connections.add(connection);
+    void connection.closed.then(() => this.#connections.delete(connection));
+    return connection;
+  }
+
+  /** Logs each kind of trouble once: a client must not be able to fill the log. */
+  #complain(kind: string, detail: string, peer: string): void {
+    if (this.#complained.has(kind)) return;
+    this.#complained.add(kind);
+    this.#parameters.log.warn(
+      { kind, peer },
+      `a client was cut off: ${detail}; further ones of this kind are not logged`,
+    );
+  }
+}
