@@ -46,6 +46,7 @@ export async function runOneVolume(
     control: resolve(options.control ?? controlSocketPath(stateDir, name)),
     link: null,
     images: null,
+    folders: [],
     machinesDir,
     guestAddresses: () => listen,
     diskSocket: () => '',

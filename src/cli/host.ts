@@ -24,6 +24,7 @@ export function hostCommand(): Command {
           control,
           link,
           images,
+          folders: [join(config.run, 'nbd'), machinesDir],
           machinesDir,
           guestAddresses: (volume) => [`unix:${diskSocket(volume)}`],
           diskSocket,

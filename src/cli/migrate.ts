@@ -1,3 +1,4 @@
+import { resolve } from 'node:path';
 import { Command, Option } from 'commander';
 import { BlockferryError } from '../errors.js';
 import { ControlClient } from '../host/control/client.js';
@@ -104,7 +105,15 @@ async function begin(folder: string, vm: string, options: MigrateOptions): Promi
     bandwidthBytesPerSecond: options.bandwidth ?? null,
     deleteSourceImages: options.deleteSource,
   };
-  return Journal.create(folder, await makePlan(new ControlClient(from), new ControlClient(to), request));
+  return Journal.create(
+    folder,
+    await makePlan(new ControlClient(controlPath(from)), new ControlClient(controlPath(to)), request),
+  );
+}
+
+/** As it is kept in the journal: good in any folder. */
+function controlPath(address: string): string {
+  return resolve(address.replace(/^unix:/, ''));
 }
 
 function openUnfinished(folder: string, vm: string): Journal {

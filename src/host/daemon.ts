@@ -7,7 +7,7 @@
  * whose process outlived a killed daemon is shown as `unmanaged` until that process ends.
  */
 
-import { existsSync, readdirSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
@@ -34,6 +34,8 @@ export interface DaemonOptions {
   link: string | null;
   /** Folder for images of volumes that arrive; null: none may arrive. */
   images: string | null;
+  /** Folders that must be there before anything is served, for this user only. */
+  folders: readonly string[];
   /** Folder of the machines' own folders. */
   machinesDir: string;
   /** Where the guest face of a volume is served. */
@@ -71,6 +73,7 @@ export class Daemon {
     const { stateDir, log, parts, images, guestAddresses, diskSocket, migrationAddress, machinesDir } =
       options;
     const record = DaemonRecord.open(stateDir, options.name);
+    makeFolders(options.folders);
     const link = await openLink(options);
     const { openVolume, listen, hypervisor } = parts;
     const volumes = new Volumes({ stateDir, images, guestAddresses, link, openVolume, listen, record, log });
@@ -177,7 +180,7 @@ export class Daemon {
         await this.machines.start(definition.name);
       } catch (error) {
         // Shown in status; the other machines are none the worse for it.
-        log.error({ vm: definition.name, err: error }, `not started: ${messageOf(error)}`);
+        log.error({ vm: definition.name }, `machine not started: ${messageOf(error)}`);
       }
     }
   }
@@ -185,6 +188,18 @@ export class Daemon {
 
 function hasState(stateDir: string, volume: string): boolean {
   return existsSync(join(stateDir, volume, 'volume.json'));
+}
+
+function makeFolders(folders: readonly string[]): void {
+  for (const folder of folders) {
+    try {
+      mkdirSync(folder, { recursive: true, mode: 0o700 });
+    } catch (error) {
+      throw new BlockferryError('address', `cannot make the folder ${folder}: ${messageOf(error)}`, {
+        cause: error,
+      });
+    }
+  }
 }
 
 async function openLink(

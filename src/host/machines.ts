@@ -18,14 +18,22 @@ import type {
   Hypervisor,
   Machine,
   MachineDefinition,
-  MachineExit,
   MigrationInfo,
   StartOptions,
 } from '../hypervisor/driver.js';
 import type { MachineState, MachineView } from './control/api.js';
-import type { DaemonRecord, MachineRecord } from './record.js';
+import {
+  describeExit,
+  end,
+  type MachineEntry,
+  newEntry,
+  tcpHost,
+  usesVolume,
+  watchMachine,
+} from './machine-entry.js';
+import type { DaemonRecord } from './record.js';
 import type { Volumes } from './volumes.js';
-import { delay, KeyedQueue } from './waiting.js';
+import { KeyedQueue } from './waiting.js';
 
 const MACHINES_MAX = 1024;
 /** Migration statuses in which RAM is under way or the switch is. */
@@ -38,7 +46,6 @@ const UNDER_WAY = new Set([
   'postcopy-active',
   'wait-unplug',
 ]);
-const WAIT_SLICE_MS = 250;
 
 export interface MachinesOptions {
   volumes: Volumes;
@@ -53,30 +60,8 @@ export interface MachinesOptions {
   log: Logger;
 }
 
-interface Entry {
-  definition: MachineDefinition;
-  machine: Machine | null;
-  ran: boolean;
-  departed: boolean;
-  /** Source: the move that claimed it. Destination: the move it came with. */
-  moveId: string | null;
-  incomingUri: string | null;
-  sent: boolean;
-  error: string | null;
-  /** What was recorded before the move that brought it, to go back to when that is discarded. */
-  before: { record: MachineRecord | undefined; entry: Entry | undefined } | null;
-}
-
-/** A driver may be able to ask a guest to power off; not all are. */
-interface PowersDown {
-  powerdown(): Promise<void>;
-}
-function powersDown(machine: Machine): machine is Machine & PowersDown {
-  return typeof (machine as Partial<PowersDown>).powerdown === 'function';
-}
-
 export class Machines {
-  private readonly entries = new Map<string, Entry>();
+  private readonly entries = new Map<string, MachineEntry>();
   private readonly queue = new KeyedQueue();
 
   constructor(private readonly options: MachinesOptions) {}
@@ -194,7 +179,7 @@ export class Machines {
       this.entries.set(name, entry);
       try {
         const machine = await this.launch(entry, true);
-        entry.incomingUri = await machine.incoming(`tcp:${bracketed(this.options.migrationAddress)}:0`);
+        entry.incomingUri = await machine.incoming(`tcp:${tcpHost(this.options.migrationAddress)}:0`);
         return { uri: entry.incomingUri };
       } catch (error) {
         await this.forget(name, entry);
@@ -225,23 +210,10 @@ export class Machines {
     signal: AbortSignal,
   ): Promise<MigrationInfo> {
     const { machine } = this.running(name);
-    const deadline = performance.now() + timeoutMs;
-    let wake: () => void = () => undefined;
-    const unsubscribe = machine.onEvent(() => wake());
-    try {
-      for (;;) {
-        const changed = new Promise<void>((resolve) => {
-          wake = resolve;
-        });
-        const info = await machine.queryMigrate();
-        const leftMs = deadline - performance.now();
-        if (statuses.includes(info.status) || leftMs <= 0 || signal.aborted) return info;
-        // Every change has its event; the slice bounds the wait all the same.
-        await Promise.race([changed, delay(Math.min(leftMs, WAIT_SLICE_MS)), machine.exited]);
-      }
-    } finally {
-      unsubscribe();
-    }
+    return watchMachine(machine, timeoutMs, signal, async () => {
+      const info = await machine.queryMigrate();
+      return { done: statuses.includes(info.status), value: info };
+    });
   }
 
   async migrateContinue(name: string, moveId: string): Promise<void> {
@@ -265,23 +237,11 @@ export class Machines {
 
   /** Destination: true once the guest ran here. */
   async waitRunning(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
-    const deadline = performance.now() + timeoutMs;
     const { entry, machine } = this.running(name);
-    let wake: () => void = () => undefined;
-    const unsubscribe = machine.onEvent(() => wake());
-    try {
-      for (;;) {
-        const changed = new Promise<void>((resolve) => {
-          wake = resolve;
-        });
-        if (!entry.ran && (await machine.status()).state === 'running') await this.settle(name, entry);
-        const leftMs = deadline - performance.now();
-        if (entry.ran || leftMs <= 0 || signal.aborted || entry.machine !== machine) return entry.ran;
-        await Promise.race([changed, delay(Math.min(leftMs, WAIT_SLICE_MS)), machine.exited]);
-      }
-    } finally {
-      unsubscribe();
-    }
+    return watchMachine(machine, timeoutMs, signal, async () => {
+      if (!entry.ran && (await machine.status()).state === 'running') await this.settle(name, entry);
+      return { done: entry.ran || entry.machine !== machine, value: entry.ran };
+    });
   }
 
   /** Source: the guest runs elsewhere, its process here ends. Repeatable. */
@@ -325,20 +285,20 @@ export class Machines {
     return [...this.entries].filter(([, entry]) => entry.machine !== null).map(([name]) => name);
   }
 
-  private entry(name: string): Entry {
+  private entry(name: string): MachineEntry {
     const entry = this.entries.get(name);
     if (!entry) throw new BlockferryError('not-found', `this daemon has no machine "${name}"`);
     return entry;
   }
 
-  private running(name: string): { entry: Entry; machine: Machine } {
+  private running(name: string): { entry: MachineEntry; machine: Machine } {
     const entry = this.entry(name);
     if (entry.machine) return { entry, machine: entry.machine };
     const how = entry.error === null ? '' : ` (${entry.error})`;
     throw new BlockferryError('phase', `machine "${name}" has no process here${how}`);
   }
 
-  private claimed(name: string, moveId: string): { entry: Entry; machine: Machine } {
+  private claimed(name: string, moveId: string): { entry: MachineEntry; machine: Machine } {
     const found = this.running(name);
     if (found.entry.moveId === moveId) return found;
     throw new BlockferryError('exists', `machine "${name}" is not claimed by move ${moveId}`);
@@ -381,7 +341,7 @@ export class Machines {
     }
   }
 
-  private async launch(entry: Entry, incoming: boolean): Promise<Machine> {
+  private async launch(entry: MachineEntry, incoming: boolean): Promise<Machine> {
     const { hypervisor, diskSocket, log } = this.options;
     const { definition } = entry;
     const disks: Record<string, StartOptions['disks'][string]> = {};
@@ -420,7 +380,7 @@ export class Machines {
   }
 
   /** The guest runs here. Where its volumes were retreated from in the same moment, it counts as never having run. */
-  private async settle(name: string, entry: Entry): Promise<void> {
+  private async settle(name: string, entry: MachineEntry): Promise<void> {
     if (entry.ran) return;
     await Promise.all(
       entry.definition.disks.map(({ volume }) => this.options.volumes.service(volume).settle()),
@@ -432,7 +392,7 @@ export class Machines {
   }
 
   /** Undoes `incoming`. */
-  private async forget(name: string, entry: Entry): Promise<void> {
+  private async forget(name: string, entry: MachineEntry): Promise<void> {
     const { machine } = entry;
     if (machine) {
       await machine.kill();
@@ -459,50 +419,4 @@ export class Machines {
       }),
     );
   }
-}
-
-async function end(machine: Machine, graceMs: number, hurry?: AbortSignal): Promise<void> {
-  if (graceMs > 0 && powersDown(machine)) {
-    const asked = await machine.powerdown().then(
-      () => true,
-      () => false,
-    );
-    const patience = new AbortController();
-    const waiting = AbortSignal.any(hurry ? [hurry, patience.signal] : [patience.signal]);
-    if (asked) await Promise.race([machine.exited, delay(graceMs, waiting).catch(() => undefined)]);
-    patience.abort();
-  }
-  if ((await machine.status().catch(() => null))?.state === 'running')
-    await machine.pause().catch(() => undefined);
-  await machine.stop();
-}
-
-function newEntry(definition: MachineDefinition): Entry {
-  return {
-    definition,
-    machine: null,
-    ran: false,
-    departed: false,
-    moveId: null,
-    incomingUri: null,
-    sent: false,
-    error: null,
-    before: null,
-  };
-}
-
-function usesVolume(definition: MachineDefinition, volume: string): boolean {
-  return definition.disks.some((disk) => disk.volume === volume);
-}
-
-function bracketed(host: string): string {
-  return host.includes(':') && !host.startsWith('[') ? `[${host}]` : host;
-}
-
-/** One line, null for an orderly end. */
-function describeExit(exit: MachineExit): string | null {
-  if (exit.code === 0) return null;
-  const how = exit.signal === null ? `exit code ${exit.code}` : `signal ${exit.signal}`;
-  const words = exit.stderr.trim().split('\n').at(-1) ?? '';
-  return `its process ended with ${how}${words === '' ? '' : `: ${words.slice(0, 500)}`}`;
 }

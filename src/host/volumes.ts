@@ -54,7 +54,8 @@ export class Volumes {
       } catch (error) {
         if (!keep) throw error;
         const retired = await retiredId(this.options.stateDir, name);
-        if (retired === null) this.options.log.error({ volume: name, err: error }, 'volume not served');
+        if (retired === null)
+          this.options.log.error({ volume: name }, `volume not served: ${messageOf(error)}`);
         this.markUnavailable(name, image, retired, messageOf(error));
       }
     });
@@ -245,7 +246,7 @@ export class Volumes {
 
   private async openEntry(name: string, image: string, mode: OpenMode): Promise<void> {
     const { stateDir, openVolume, log, link, listen, guestAddresses } = this.options;
-    const service = await openVolume({ stateDir, name, image, mode, log: log.child({ volume: name }) });
+    const service = await openVolume({ stateDir, name, image, mode, log });
     const entry: OpenEntry = { kind: 'open', service, guest: null, handoff: new Occurrence() };
     const description = service.linkDescription;
     try {

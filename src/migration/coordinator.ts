@@ -82,7 +82,7 @@ class Coordinator {
       const next = nextStep(facts, this.direction);
       switch (next.kind) {
         case 'done':
-          return this.finish();
+          return this.finish(facts);
         case 'turn-back':
           this.turn('back', next.why);
           break;
@@ -187,8 +187,11 @@ class Coordinator {
     this.progress({ kind: 'turn', direction, why });
   }
 
-  private async finish(): Promise<MoveResult> {
+  private async finish(facts: Facts): Promise<MoveResult> {
     const outcome = this.direction === 'forward' ? 'moved' : 'aborted';
+    if (outcome === 'aborted' && facts.source !== 'running') {
+      this.why = `${this.why ?? 'aborted'}; the machine does not run at the source any more, start it there`;
+    }
     // Asked for before the journal is closed: afterwards nothing holds the numbers together.
     const result = await moveResult(this.journal, this.to, outcome, this.why);
     this.journal.append({ kind: 'finish', outcome, why: this.why }, true);

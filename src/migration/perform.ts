@@ -101,6 +101,8 @@ export async function perform(step: StepName, context: StepContext): Promise<Ste
         await from.retire(volume.name, { deleteImage: plan.deleteSourceImages });
       break;
     case 'release':
+      await to.release(vm, id);
+      // Last: as long as the source is claimed, a coordinator that goes on comes by here again.
       await from.release(vm, id);
       break;
     case 'retreat':
