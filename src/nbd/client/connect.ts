@@ -2,7 +2,7 @@
 
 import net from 'node:net';
 import { BlockferryError, messageOf } from '../../errors.js';
-import { protocolError } from '../codec/client.js';
+import { displayable, protocolError } from '../codec/client.js';
 import { HANDSHAKE_TIMEOUT_MS } from '../constants.js';
 import { formatNbdUri, type NbdAddress, type NbdUri } from '../uri.js';
 import { ClientHandshake, type HandshakeGoal, type HandshakeOutcome } from './handshake.js';
@@ -126,11 +126,10 @@ class Attempt implements Receiver {
   ended(error: Error | null): void {
     if (this.#over) return;
     if (!this.#stands) {
-      this.#fail('source-unreachable', messageOf(error ?? 'it was closed'), error);
+      this.#fail('source-unreachable', describeLoss(error), error);
       return;
     }
-    const why = error === null ? 'the server hung up' : messageOf(error);
-    this.#fail('closed', `${why} before ${this.#handshake.awaiting}`, error);
+    this.#fail('closed', `${describeLoss(error)} before ${this.#handshake.awaiting}`, error);
   }
 
   #timedOut(why: string): void {
@@ -157,6 +156,14 @@ class Attempt implements Receiver {
     clearTimeout(this.#timer);
     this.limits.signal?.removeEventListener('abort', this.#aborted);
   }
+}
+
+/** Why a connection ended, in words. */
+export function describeLoss(error: Error | null): string {
+  if (error === null) return 'the server hung up';
+  // What net throws when each address of a host failed has no message of its own.
+  if (error instanceof AggregateError) return displayable(error.errors.map(messageOf).join(', '));
+  return displayable(error.message);
 }
 
 function dial(address: NbdAddress, callback: (length: number, bytes: Uint8Array) => boolean): net.Socket {
