@@ -183,7 +183,12 @@ class TransmissionSession implements Session, Sink {
   readonly #turn = (): void => {
     this.#scheduled = false;
     if (this.#held !== null && this.#executor.roomy) {
-      if (this.#consume(this.#held, this.#heldAt, this.#heldEnd)) this.#reception.resume();
+      // A client that hung up meanwhile may be back on another connection, and have sent these requests again there, and
+      // others after them: none of what was not begun may be carried out on top.
+      if (this.#reception.peerGone) {
+        this.#output.flush();
+        this.#abandon();
+      } else if (this.#consume(this.#held, this.#heldAt, this.#heldEnd)) this.#reception.resume();
       return;
     }
     this.#output.flush();

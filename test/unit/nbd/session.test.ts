@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { once } from 'node:events';
 import { afterEach, describe, it } from 'node:test';
 import pino from 'pino';
 import {
@@ -389,6 +390,28 @@ for (const transport of ['descriptor', 'events'] as const) {
       await until(() => device.calls.length > 0);
       await settled(() => device.calls.length);
       assert.ok(device.calls.length <= 2, `${device.calls.length}`);
+    });
+
+    it('a client that hangs up while the session is stalled: what was not begun is never carried out', {
+      skip: transport === 'events' && 'such a stream does not tell before it is read',
+    }, async () => {
+      const { device, client, session } = rig({ transport });
+      device.manner = () => 'held';
+      const count = IN_FLIGHT_REQUESTS_MAX + 500;
+      const requests = Array.from({ length: count }, (_, cookie) => ({
+        command: WRITE,
+        cookie,
+        payload: pattern(16),
+      }));
+      client.send(...requests);
+      await until(() => session.inFlight === IN_FLIGHT_REQUESTS_MAX);
+      client.socket.destroy();
+      await once(client.socket, 'close');
+      // The client may have sent all of it again over a new connection by now, and newer writes behind it.
+      device.manner = () => 'now';
+      for (const request of device.held.splice(0)) request.complete(0);
+      await session.closed;
+      assert.equal(device.calls.length, IN_FLIGHT_REQUESTS_MAX);
     });
 
     it('requests held by the device: no more than the limit, the others follow', async () => {
