@@ -1,12 +1,13 @@
 /** The one-volume daemons `serve` and `proxy`, made of the same parts as `host`. */
 
-import { basename, resolve } from 'node:path';
+import { resolve } from 'node:path';
 import { BlockferryError } from '../errors.js';
 import { volumeName } from '../host/config.js';
 import type { DaemonOptions } from '../host/daemon.js';
 import type { OpenMode } from '../host/open.js';
 import { daemonLog, runDaemon } from '../host/run.js';
 import { controlSocketPath, defaultStateDir } from '../host/state-dir.js';
+import { defaultName } from '../volume/open.js';
 import { daemonParts } from './parts.js';
 
 const DEFAULT_LISTEN = '127.0.0.1:10809';
@@ -19,19 +20,13 @@ export interface OneVolumeOptions {
   logLevel: string;
 }
 
-/** The last part of a path without what comes after its last dot, made a name: "/srv/My disk.img" is "My-disk". */
-export function nameOf(path: string): string {
-  const bare = basename(path).replace(/(.)\.[^.]*$/, '$1');
-  return bare.replaceAll(/[^A-Za-z0-9._-]/g, '-').replace(/^[^A-Za-z0-9]+/, '') || 'disk';
-}
-
 export async function runOneVolume(
   kind: 'serve' | 'proxy',
   disk: string,
   options: OneVolumeOptions,
   mode: OpenMode,
 ): Promise<void> {
-  const checked = volumeName.safeParse(options.name ?? nameOf(disk));
+  const checked = volumeName.safeParse(options.name ?? defaultName(disk));
   if (!checked.success)
     throw new BlockferryError('usage', `--name: expected ${checked.error.issues[0].message}`);
   const name = checked.data;

@@ -95,7 +95,14 @@ export class Volumes {
   /** True once the volume is plain, false after the timeout or when the caller is gone. */
   async waitHandoff(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
     const entry = this.entry(name);
-    if (entry.service.status().phase === 'plain') return true;
+    const { phase } = entry.service.status();
+    if (phase === 'plain') return true;
+    if (phase === 'sealed' || phase === 'retired') {
+      throw new BlockferryError(
+        'phase',
+        `volume "${name}" is ${phase}: it moved away, watch it at its destination`,
+      );
+    }
     return entry.handoff.wait(timeoutMs, signal);
   }
 

@@ -73,7 +73,7 @@ class Coordinator {
 
   async run(): Promise<MoveResult> {
     const last = this.journal.entries.at(-1);
-    if (last?.kind === 'finish') return moveResult(this.journal, this.to, last.outcome, last.why);
+    if (last?.kind === 'finish') return moveResult(this.journal, this.from, this.to, last.outcome, last.why);
     if (this.abortAsked) this.turn('back', 'asked to abort');
     let facts = await this.ask();
     for (let count = 0; count < STEPS_MAX; count += 1) {
@@ -193,7 +193,7 @@ class Coordinator {
       this.why = `${this.why ?? 'aborted'}; the machine does not run at the source any more, start it there`;
     }
     // Asked for before the journal is closed: afterwards nothing holds the numbers together.
-    const result = await moveResult(this.journal, this.to, outcome, this.why);
+    const result = await moveResult(this.journal, this.from, this.to, outcome, this.why);
     this.journal.append({ kind: 'finish', outcome, why: this.why }, true);
     return result;
   }
