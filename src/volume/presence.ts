@@ -52,7 +52,12 @@ export class Presence {
   static async create(folder: string, identity: PresenceIdentity, blocks: number): Promise<Presence> {
     const tag = { volumeId: identity.id, bootId: bootId(), blocks, epoch: identity.mapEpoch };
     const live = await LiveMap.create(join(folder, LIVE_FILE), blocks);
-    const durable = DurableMap.create(join(folder, DURABLE_FILE), identity.id, blocks, identity.mapEpoch);
+    const durable = await DurableMap.create(
+      join(folder, DURABLE_FILE),
+      identity.id,
+      blocks,
+      identity.mapEpoch,
+    );
     live.validate(tag);
     await syncFolder(folder);
     return new Presence(folder, blocks, live, durable, tag);
@@ -73,7 +78,7 @@ export class Presence {
     const durablePath = join(folder, DURABLE_FILE);
     if (found instanceof LiveMap) return Presence.#fromLive(folder, blocks, found, durablePath, tag);
     const bits = new Uint8Array(Math.ceil(blocks / 8));
-    const durable = DurableMap.open(durablePath, identity.id, blocks, identity.mapEpoch, bits);
+    const durable = await DurableMap.open(durablePath, identity.id, blocks, identity.mapEpoch, bits);
     const live = await LiveMap.create(livePath, blocks);
     live.bits.set(bits);
     live.validate(tag);
@@ -91,12 +96,12 @@ export class Presence {
     const bits = new Uint8Array(live.bits.length);
     let durable: DurableMap;
     try {
-      durable = DurableMap.open(path, tag.volumeId, blocks, tag.epoch, bits);
+      durable = await DurableMap.open(path, tag.volumeId, blocks, tag.epoch, bits);
     } catch (error) {
       if (!(error instanceof BlockferryError)) throw error;
       // Nothing is lost, the live map has it all: a new file is filled by the next commit, the damaged one stays until then.
       rmSync(`${path}.next`, { force: true });
-      durable = DurableMap.create(`${path}.next`, tag.volumeId, blocks, tag.epoch);
+      durable = await DurableMap.create(`${path}.next`, tag.volumeId, blocks, tag.epoch);
       bits.fill(0);
     }
     const presence = new Presence(folder, blocks, live, durable, tag);
