@@ -79,9 +79,18 @@ export class Presence {
     if (found instanceof LiveMap) return Presence.#fromLive(folder, blocks, found, durablePath, tag);
     const bits = new Uint8Array(Math.ceil(blocks / 8));
     const durable = await DurableMap.open(durablePath, identity.id, blocks, identity.mapEpoch, bits);
-    const live = await LiveMap.create(livePath, blocks);
+    // Under another name until it counts: killed meanwhile, the next process finds what this one found.
+    const next = `${livePath}.next`;
+    let live: LiveMap;
+    try {
+      live = await LiveMap.create(next, blocks);
+    } catch (error) {
+      durable.close();
+      throw error;
+    }
     live.bits.set(bits);
     live.validate(tag);
+    renameSync(next, livePath);
     return new Presence(folder, blocks, live, durable, tag);
   }
 
@@ -169,8 +178,13 @@ export class Presence {
     this.#anyChanged = true;
   }
 
+  /** Whether the durable map lacks something: bits, or its place (the file there was damaged). */
   get changed(): boolean {
-    return this.#anyChanged;
+    return this.#anyChanged || this.durable.path !== this.#durablePath;
+  }
+
+  get #durablePath(): string {
+    return join(this.folder, DURABLE_FILE);
   }
 
   /**
@@ -178,18 +192,17 @@ export class Presence {
    * committed to again.
    */
   async commit(syncImage: () => Promise<void>): Promise<void> {
-    if (!this.#anyChanged) return syncImage();
+    if (!this.changed) return syncImage();
     const pages: number[] = [];
     for (let page = this.#changed.indexOf(1); page !== -1; page = this.#changed.indexOf(1, page + 1))
       pages.push(page);
     this.#changed.fill(0);
     this.#anyChanged = false;
     await this.durable.commit(copyPages(this.#bits, pages), syncImage);
-    const path = join(this.folder, DURABLE_FILE);
-    if (this.durable.path !== path) {
-      renameSync(this.durable.path, path);
+    if (this.durable.path !== this.#durablePath) {
+      renameSync(this.durable.path, this.#durablePath);
       await syncFolder(this.folder);
-      this.durable.path = path;
+      this.durable.path = this.#durablePath;
     }
   }
 
@@ -217,7 +230,7 @@ export class Presence {
   }
 
   static removeFiles(folder: string): void {
-    for (const file of [LIVE_FILE, DURABLE_FILE, `${DURABLE_FILE}.next`])
-      rmSync(join(folder, file), { force: true });
+    for (const file of [LIVE_FILE, DURABLE_FILE])
+      for (const name of [file, `${file}.next`]) rmSync(join(folder, name), { force: true });
   }
 }
