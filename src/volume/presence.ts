@@ -8,7 +8,7 @@
  * - presence.live gone or damaged although a process of this very boot had it open and did not close it: which writes since the
  *   last flush are here is then unknown. The volume is refused; it is never opened on a guess.
  */
-import { readFileSync, renameSync, rmSync } from 'node:fs';
+import { existsSync, readFileSync, renameSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { BlockferryError } from '../errors.js';
 import * as native from '../native/index.js';
@@ -227,6 +227,10 @@ export class Presence {
   remove(): void {
     this.close();
     Presence.removeFiles(this.folder);
+  }
+
+  static hasFiles(folder: string): boolean {
+    return [LIVE_FILE, DURABLE_FILE].some((file) => existsSync(join(folder, file)));
   }
 
   static removeFiles(folder: string): void {
