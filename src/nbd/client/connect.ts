@@ -60,6 +60,7 @@ class Attempt implements Receiver {
   readonly #peer: string;
   #timer: NodeJS.Timeout;
   #over = false;
+  #stands = false;
   #receiver: Receiver = this;
 
   constructor(
@@ -90,6 +91,7 @@ class Attempt implements Receiver {
 
   #connected(): void {
     if (this.#over) return;
+    this.#stands = true;
     clearTimeout(this.#timer);
     const timeoutMs = this.limits.handshakeTimeoutMs ?? HANDSHAKE_TIMEOUT_MS;
     this.#timer = setTimeout(
@@ -123,7 +125,7 @@ class Attempt implements Receiver {
 
   ended(error: Error | null): void {
     if (this.#over) return;
-    if (this.#socket.connecting || (error !== null && this.#socket.pending)) {
+    if (!this.#stands) {
       this.#fail('source-unreachable', messageOf(error ?? 'it was closed'), error);
       return;
     }
