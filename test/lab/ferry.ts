@@ -54,7 +54,7 @@ export function pattern(size: number, version = 1): Buffer {
 
 export class Lab {
   readonly dir: string;
-  readonly #closers: (() => Promise<unknown> | void)[] = [];
+  readonly #closers: (() => unknown)[] = [];
   #names = 0;
 
   constructor(test: TestContext) {
@@ -63,7 +63,7 @@ export class Lab {
   }
 
   /** Run at the end of the test, last one first. */
-  onClose(closer: () => Promise<unknown> | void): void {
+  onClose(closer: () => unknown): void {
     this.#closers.push(closer);
   }
 
@@ -95,7 +95,7 @@ export class Lab {
     return source;
   }
 
-  async proxy(source: Source | string, options: ProxyOptions = {}): Promise<Proxy> {
+  async proxy(source: Source | string, options: ProxyOptions = {}): Promise<Ferry> {
     const { mode: asked, ...settings } = options;
     const sourceUri = typeof source === 'string' ? source : source.uri;
     const mode: OpenMode = asked ?? {
@@ -109,7 +109,7 @@ export class Lab {
     const name = settings.name ?? this.name('disk');
     const image = settings.image ?? join(this.dir, `${name}.img`);
     const service = await openVolumeService({ stateDir: join(this.dir, 'state'), name, image, mode, log });
-    const proxy = new Proxy(this, name, image, service);
+    const proxy = new Ferry(this, name, image, service);
     await proxy.listen(join(this.dir, this.name('proxy')));
     this.onClose(() => proxy.close());
     return proxy;
@@ -257,7 +257,7 @@ export class Source extends Server {
   }
 }
 
-export class Proxy {
+export class Ferry {
   #server: Server | null = null;
   readonly #guests: NbdClient[] = [];
 
@@ -298,7 +298,7 @@ export class Proxy {
   }
 
   /** Closed and opened again, from what is on disk. */
-  async restart(options: ProxyOptions = {}): Promise<Proxy> {
+  async restart(options: ProxyOptions = {}): Promise<Ferry> {
     await this.close();
     return this.lab.proxy('', { name: this.name, image: this.image, mode: { kind: 'resume' }, ...options });
   }
