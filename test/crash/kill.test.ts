@@ -8,12 +8,11 @@
  *     BLOCKFERRY_CRASH_KILLS=5000 node bin/run-tests.js crash/kill.test.ts
  */
 import assert from 'node:assert/strict';
-import { accessSync, constants, mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
-import { after, test } from 'node:test';
+import { after, type TestContext, test } from 'node:test';
 import { Campaign, type Moment, type VolumePlan } from '../lab/crash/campaign.js';
 import { Spares } from '../lab/crash/daemon.js';
+import { crashFolders } from '../lab/crash/folders.js';
+import { MIXED } from '../lab/crash/guest.js';
 import { Random, SEED } from '../lab/crash/random.js';
 
 const KILLS = Number(process.env.BLOCKFERRY_CRASH_KILLS ?? 220);
@@ -24,24 +23,12 @@ const COMPARE_EVERY = 10;
 
 const random = new Random(SEED);
 const spares = new Spares();
-const folder = mkdtempSync(join(tmpdir(), 'blockferry-crash-'));
-const inMemory = memoryFolder();
-let kills = 0;
+const { folder, inMemory, remove } = crashFolders();
 
 after(async () => {
   await spares.close();
-  for (const path of [folder, inMemory]) rmSync(path, { recursive: true, force: true });
+  remove();
 });
-
-/** A folder on tmpfs, where reads take another path; on the disk where there is none. */
-function memoryFolder(): string {
-  try {
-    accessSync('/dev/shm', constants.W_OK);
-    return mkdtempSync('/dev/shm/blockferry-crash-');
-  } catch {
-    return mkdtempSync(join(tmpdir(), 'blockferry-crash-'));
-  }
-}
 
 /** Runs lives of one volume; says the seed when something is wrong. */
 async function campaign(plan: VolumePlan, lives: (campaign: Campaign) => Promise<void>): Promise<void> {
@@ -57,7 +44,6 @@ async function campaign(plan: VolumePlan, lives: (campaign: Campaign) => Promise
       },
     );
   } finally {
-    kills += running.tally.kills;
     await running.close();
   }
 }
@@ -66,7 +52,7 @@ const MIXED_VOLUMES: VolumePlan[] = [
   { name: 'disk', sizeBytes: 24 * MIB + 1234, folder, rateBytesPerSecond: MIB },
   { name: 'memory', sizeBytes: 16 * MIB + 512, folder: inMemory, rateBytesPerSecond: MIB / 2 },
   { name: 'sparse', sizeBytes: 20 * MIB, folder, sparse: true, rateBytesPerSecond: MIB },
-  { name: 'failing', sizeBytes: 16 * MIB, folder, sourceErrors: 0.01, sourceDelayMsMax: 8 },
+  { name: 'failing', sizeBytes: 16 * MIB, folder, sourceErrors: 0.04, sourceDelayMsMax: 8, rateBytesPerSecond: MIB },
   { name: 'unhurried', sizeBytes: 24 * MIB, folder: inMemory, background: false },
 ];
 
@@ -86,3 +72,74 @@ for (const plan of MIXED_VOLUMES) {
     });
   });
 }
+
+/** Small volumes, one after the other, until so many kills were made; `lives` gets each when it is new and ends it. */
+async function volumes(
+  t: TestContext,
+  plan: Omit<VolumePlan, 'name' | 'folder'> & { name: string },
+  share: number,
+  lives: (running: Campaign) => Promise<void>,
+): Promise<void> {
+  let kills = 0;
+  let count = 0;
+  while (kills < KILLS * share) {
+    count++;
+    const place = count % 2 === 0 ? folder : inMemory;
+    await campaign({ ...plan, name: `${plan.name}-${count}`, folder: place }, async (running) => {
+      await lives(running);
+      await running.finish();
+      kills += running.tally.kills;
+    });
+  }
+  t.diagnostic(`${kills} kills of ${count} volumes`);
+}
+
+test('killed while a standby takes over at the first write', async (t) => {
+  await volumes(t, { name: 'takeover', sizeBytes: MIB + 700, standby: true }, 0.12, async (running) => {
+    const { model } = running;
+    while (!model.keeps) {
+      const { child, guest } = await running.resume();
+      // Its writer was alive until now, so what was read must come from the source each time.
+      if ((await running.phaseOf(child)) === 'standby') {
+        await guest.readAll();
+        assert.equal((await guest.compareAll()).localBlocks, 0, 'a standby kept what was read');
+      }
+      await running.killAtWork(child, guest, {
+        answers: running.random.below(3),
+        mix: { ...MIXED, read: 0 },
+      });
+    }
+    await running.live('work', { compare: true });
+  });
+});
+
+test('killed during the hand-off', async (t) => {
+  await volumes(
+    t,
+    { name: 'handoff', sizeBytes: MIB / 2 + 4096, background: false },
+    0.12,
+    async (running) => {
+      const last = running.model.size - 1;
+      await running.live('work', { compare: true });
+      for (let phase = 'relocating'; phase !== 'plain'; ) {
+        const { child, guest } = await running.resume();
+        phase = await running.phaseOf(child);
+        if (phase !== 'plain') {
+          await guest.readAll(last); // all but one byte, and so all but one block unless that came with another
+          const handedOff = guest.read(guest.client, last, 1);
+          await running.killNow(child, guest);
+          await handedOff;
+        } else {
+          await running.killAtWork(child, guest, { answers: 20 });
+        }
+      }
+    },
+  );
+});
+
+test('killed while the volume is made', async (t) => {
+  await volumes(t, { name: 'made', sizeBytes: MIB }, 0.05, async (running) => {
+    for (let life = running.random.between(1, 3); life > 0; life--) await running.live('start');
+    await running.live('work', { compare: true });
+  });
+});

@@ -5,13 +5,14 @@
 import { mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
+import type { Phase, VolumeStatus } from '../../../src/host/service.js';
 import { Errno } from '../../../src/nbd/constants.js';
 import { contentOf, SOURCE_TAG } from './content.js';
 import { type ChildDaemon, Died, type Spares } from './daemon.js';
 import { Guest, MIXED, type Mix } from './guest.js';
 import { DiskModel } from './model.js';
 import type { Random } from './random.js';
-import { type RunningSource, SourceDevice, serveSource } from './source.js';
+import { type RunningSource, Source, serveSource } from './source.js';
 
 export interface VolumePlan {
   name: string;
@@ -45,13 +46,13 @@ const ZERO_EVERY_BYTES = 1 << 20;
 
 export class Campaign {
   readonly model: DiskModel;
-  readonly device: SourceDevice;
+  readonly source: Source;
   readonly socket: string;
   readonly image: string;
   readonly stateDir: string;
   readonly tally: Tally = { kills: 0, operations: 0, refused: 0, local: [] };
   readonly #errors: string[] = [];
-  #source!: RunningSource;
+  #served!: RunningSource;
   #running: ChildDaemon | undefined;
   /** What was local for certain when the daemon last died: it is never fetched again. */
   #kept: Uint8Array;
@@ -65,12 +66,15 @@ export class Campaign {
     const zeroes = [];
     for (let at = ZERO_EVERY_BYTES / 2; plan.sparse && at < plan.sizeBytes; at += ZERO_EVERY_BYTES)
       zeroes.push({ offset: at, length: Math.min(ZERO_EVERY_BYTES / 4 + 1000, plan.sizeBytes - at) });
-    this.device = new SourceDevice(content, zeroes);
+    this.source = new Source(content, zeroes);
     const slowest = plan.sourceDelayMsMax ?? 3;
-    this.device.delayMs = () => (random.chance(0.5) ? 0 : random.between(1, slowest));
+    this.source.delayMs = () => (random.chance(0.5) ? 0 : random.between(1, slowest));
     const failing = plan.sourceErrors ?? 0;
-    this.device.errno = () => (random.chance(failing) ? Errno.EIO : Errno.OK);
-    this.device.onRead = (first, end) => this.#fetched(first, end);
+    this.source.errno = () => (random.chance(failing) ? Errno.EIO : Errno.OK);
+    this.source.onConnection = () => {
+      const kept = this.#kept; // what a dead daemon asked for may come late
+      return (first, end) => this.#fetched(kept, first, end);
+    };
     this.model = new DiskModel(content, { machineCrashes: plan.machineCrashes ?? false });
     this.model.keeps = !plan.standby;
     this.#kept = Uint8Array.from(this.model.local);
@@ -82,17 +86,17 @@ export class Campaign {
   static async begin(plan: VolumePlan, random: Random, spares: Spares): Promise<Campaign> {
     mkdirSync(plan.folder, { recursive: true });
     const campaign = new Campaign(plan, random, spares);
-    campaign.#source = await serveSource(campaign.device, join(plan.folder, `${plan.name}.source`));
+    campaign.#served = await serveSource(campaign.source, join(plan.folder, `${plan.name}.source`));
     return campaign;
   }
 
   get sourceUri(): string {
-    return this.#source.uri;
+    return this.#served.uri;
   }
 
-  #fetched(first: number, end: number): void {
+  #fetched(kept: Uint8Array, first: number, end: number): void {
     for (let block = first; block < end; block++)
-      if (this.#kept[block] === 1 && this.#errors.length < 10)
+      if (kept[block] === 1 && this.#errors.length < 10)
         this.#errors.push(`block ${block} was local before the daemon died, and was fetched again`);
   }
 
@@ -143,23 +147,42 @@ export class Campaign {
     return guest;
   }
 
-  count(guest: Guest): void {
-    this.tally.operations += guest.completed;
-    this.tally.refused += guest.refused;
-  }
-
   /** One life of the daemon, and its end. */
   async live(moment: Moment, options: { compare?: boolean; mix?: Mix } = {}): Promise<void> {
     if (moment === 'start') return this.#dieAtStart();
     const { child, guest } = await this.resume();
     if (options.compare) this.tally.local.push((await guest.compareAll()).localBlocks);
-    const operations = this.random.below(120);
-    const over = this.#diesAt(moment, child, guest, operations);
+    await this.killAtWork(child, guest, { ...options, moment, answers: this.random.below(120) });
+  }
+
+  /** Lets the guest work, and kills the daemon after so many answers and a moment more. */
+  async killAtWork(
+    child: ChildDaemon,
+    guest: Guest,
+    options: { answers: number; moment?: Moment; mix?: Mix },
+  ): Promise<void> {
+    const over = this.#diesAt(options.moment ?? 'work', child, guest, options.answers);
     await guest.work(options.mix ?? MIXED);
     await over;
+    this.#ended(guest);
+  }
+
+  /** Kills the daemon a moment from now. */
+  async killNow(child: ChildDaemon, guest: Guest): Promise<void> {
+    await this.pause();
+    await child.kill();
+    this.#ended(guest);
+  }
+
+  #ended(guest: Guest): void {
     guest.detach();
-    this.count(guest);
+    this.tally.operations += guest.completed;
+    this.tally.refused += guest.refused;
     this.daemonDied();
+  }
+
+  async phaseOf(child: ChildDaemon): Promise<Phase> {
+    return (await child.command<VolumeStatus>({ do: 'status' })).phase;
   }
 
   async #dieAtStart(): Promise<void> {
@@ -217,7 +240,7 @@ export class Campaign {
   /** The end of it: all of the disk through the daemon, then the image as it lies there. */
   async finish(): Promise<void> {
     const { child, guest } = await this.resume();
-    this.device.errno = () => Errno.OK;
+    this.source.errno = () => Errno.OK;
     await guest.compareAll();
     if (this.model.keeps) {
       await guest.readAll(); // fetches what is missing
@@ -232,7 +255,7 @@ export class Campaign {
 
   async close(): Promise<void> {
     await this.#running?.kill();
-    await this.#source.close();
+    await this.#served.close();
     rmSync(this.image, { force: true });
   }
 }

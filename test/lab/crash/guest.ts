@@ -199,9 +199,8 @@ export class Guest {
     return { localBlocks };
   }
 
-  /** Reads all of it. */
-  async readAll(): Promise<void> {
-    const { size } = this.model;
+  /** Reads all of it, or the first `size` bytes. */
+  async readAll(size = this.model.size): Promise<void> {
     for (let at = 0; at < size; at += SETTLE_BYTES_MAX)
       await this.#compare(at, Math.min(SETTLE_BYTES_MAX, size - at));
   }

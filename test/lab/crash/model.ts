@@ -6,7 +6,8 @@
  * - where no unacknowledged change is: exactly the acknowledged content;
  * - under one that is in flight, or was when the daemon died: each byte is either the content before it or the content it brings.
  *   A write is one pwrite into the page cache, which the kernel may cut when the process is killed: after a kill -9 a prefix of it
- *   is there (nothing and all included) and nothing else. A zero or trim may have been done in any part;
+ *   is there (nothing and all included), without the blocks of it that were missing before. A zero or trim may have been done in
+ *   any part;
  * - once seen, it stays: what the first look after a crash finds is the acknowledged content from then on.
  *
  * After a crash of the machine (`machineCrashed`) more is allowed: each byte is what the last answered flush, or a FUA, made
@@ -235,15 +236,19 @@ export class DiskModel {
   }
 
   #checkPrefix(change: Change, offset: number, found: Buffer): void {
-    if (change.content === null) return;
+    const { content } = change;
+    if (content === null) return;
     const mine = found.subarray(change.offset - offset, change.offset - offset + change.length);
     const before = this.#certain.subarray(change.offset, change.offset + change.length);
-    let arrived = 0;
-    while (arrived < change.length && mine[arrived] === change.content[arrived]) arrived++;
-    if (mine.subarray(arrived).equals(before.subarray(arrived))) return;
-    throw new Difference(
-      `${describe(change)}: its first ${arrived} bytes are there and some of the later ones, but not those between: not one pwrite cut short`,
-    );
+    let end = change.length;
+    while (end > 0 && mine[end - 1] === before[end - 1]) end--;
+    for (let at = 0; at < end; at++) {
+      const byte = change.offset + at;
+      if (mine[at] === content[at] || this.local[blockAt(byte)] === 0) continue;
+      throw new Difference(
+        `${describe(change)}: byte ${end - 1} of it is there, byte ${at} is not: not one pwrite cut short`,
+      );
+    }
   }
 
   /** A block that is not local has the source's content: nothing that was answered may have been written to it. */

@@ -11,17 +11,13 @@ import { Listener } from '../../../src/nbd/server/listener.js';
 import { startSession } from '../../../src/nbd/server/session.js';
 import { blockAt, blocksOf } from '../../../src/volume/blocks.js';
 
-export class SourceDevice implements BlockDevice {
-  readonly readOnly = true;
-  readonly multiConn = true;
-  readonly preferredBlock = 4096;
-  readonly contexts = [BASE_ALLOCATION];
+export class Source {
   /** Delay of the next answer, ms; 0: a turn of the loop. */
   delayMs: () => number = () => 0;
   /** Errno of the next answer. */
   errno: () => number = () => Errno.OK;
-  /** Told of every read: blocks [first, end). */
-  onRead: (first: number, end: number) => void = () => undefined;
+  /** Told of a new connection; gives who is told of its reads: blocks [first, end). */
+  onConnection: () => (first: number, end: number) => void = () => () => undefined;
   reads = 0;
 
   constructor(
@@ -31,9 +27,22 @@ export class SourceDevice implements BlockDevice {
   ) {
     for (const { offset, length } of zeroes) content.fill(0, offset, offset + length);
   }
+}
+
+/** The source as one connection sees it. */
+class SourceDevice implements BlockDevice {
+  readonly readOnly = true;
+  readonly multiConn = true;
+  readonly preferredBlock = 4096;
+  readonly contexts = [BASE_ALLOCATION];
+  readonly #onRead: (first: number, end: number) => void;
+
+  constructor(private readonly source: Source) {
+    this.#onRead = source.onConnection();
+  }
 
   get size(): number {
-    return this.content.length;
+    return this.source.content.length;
   }
 
   readNow(): number {
@@ -45,24 +54,24 @@ export class SourceDevice implements BlockDevice {
   }
 
   read(request: IoRequest): void {
-    this.reads++;
-    this.onRead(blockAt(request.offset), blocksOf(request.offset + request.length));
-    const delayMs = this.delayMs();
+    this.source.reads++;
+    this.#onRead(blockAt(request.offset), blocksOf(request.offset + request.length));
+    const delayMs = this.source.delayMs();
     if (delayMs === 0) setImmediate(() => this.#answer(request));
     else setTimeout(() => this.#answer(request), delayMs);
   }
 
   #answer(request: IoRequest): void {
-    const errno = this.errno();
+    const errno = this.source.errno();
     if (errno === Errno.OK)
-      this.content.copy(request.buffer, request.at, request.offset, request.offset + request.length);
+      this.source.content.copy(request.buffer, request.at, request.offset, request.offset + request.length);
     request.complete(errno);
   }
 
   status(request: StatusRequest): void {
     const past = request.offset + request.length;
     let at = request.offset;
-    for (const zero of this.zeroes) {
+    for (const zero of this.source.zeroes) {
       if (zero.offset + zero.length <= at || zero.offset >= past) continue;
       if (zero.offset > at) request.extent(zero.offset - at, 0);
       at = Math.max(at, zero.offset);
@@ -102,17 +111,17 @@ export interface RunningSource {
   close(): Promise<void>;
 }
 
-/** Serves `device` at a unix socket. */
-export async function serveSource(device: BlockDevice, socket: string): Promise<RunningSource> {
+/** Serves `source` at a unix socket. */
+export async function serveSource(source: Source, socket: string): Promise<RunningSource> {
   const entry = {
     name: 'source',
     description: '',
-    size: device.size,
-    readOnly: device.readOnly,
-    contexts: device.contexts,
-    preferredBlock: device.preferredBlock,
-    multiConn: device.multiConn,
-    open: () => device,
+    size: source.content.length,
+    readOnly: true,
+    contexts: [BASE_ALLOCATION],
+    preferredBlock: 4096,
+    multiConn: true,
+    open: () => new SourceDevice(source),
   };
   const listener = await Listener.open({
     addresses: [parseListenAddress(`unix:${socket}`)],
