@@ -52,7 +52,14 @@ const MIXED_VOLUMES: VolumePlan[] = [
   { name: 'disk', sizeBytes: 24 * MIB + 1234, folder, rateBytesPerSecond: MIB },
   { name: 'memory', sizeBytes: 16 * MIB + 512, folder: inMemory, rateBytesPerSecond: MIB / 2 },
   { name: 'sparse', sizeBytes: 20 * MIB, folder, sparse: true, rateBytesPerSecond: MIB },
-  { name: 'failing', sizeBytes: 16 * MIB, folder, sourceErrors: 0.04, sourceDelayMsMax: 8, rateBytesPerSecond: MIB },
+  {
+    name: 'failing',
+    sizeBytes: 16 * MIB,
+    folder,
+    sourceErrors: 0.04,
+    sourceDelayMsMax: 8,
+    rateBytesPerSecond: MIB,
+  },
   { name: 'unhurried', sizeBytes: 24 * MIB, folder: inMemory, background: false },
 ];
 

@@ -86,7 +86,7 @@ export class Campaign {
   static async begin(plan: VolumePlan, random: Random, spares: Spares): Promise<Campaign> {
     mkdirSync(plan.folder, { recursive: true });
     const campaign = new Campaign(plan, random, spares);
-    campaign.#served = await serveSource(campaign.source, join(plan.folder, `${plan.name}.source`));
+    await campaign.#serve();
     return campaign;
   }
 
@@ -235,6 +235,20 @@ export class Campaign {
       default:
         await delay(random.below(8));
     }
+  }
+
+  /** Does `what` while the source is away. */
+  async withoutSource(what: () => Promise<void>): Promise<void> {
+    await this.#served.close();
+    try {
+      await what();
+    } finally {
+      await this.#serve();
+    }
+  }
+
+  async #serve(): Promise<void> {
+    this.#served = await serveSource(this.source, join(this.plan.folder, `${this.plan.name}.source`));
   }
 
   /** The end of it: all of the disk through the daemon, then the image as it lies there. */

@@ -8,6 +8,8 @@ import type { Random } from './random.js';
 const CONNECTIONS = 3;
 const WORKERS_PER_CONNECTION = 3;
 const SETTLE_BYTES_MAX = 1 << 20;
+/** Reads of what must be known, from a source that fails now and then. */
+const TRIES_MAX = 50;
 
 /** How often each operation is drawn, in parts of their sum. */
 export interface Mix {
@@ -57,7 +59,7 @@ export class Guest {
     for (const { offset, length } of this.model.doubtful()) {
       const found = Buffer.alloc(length);
       for (let at = 0; at < length; at += SETTLE_BYTES_MAX)
-        await this.client.read(offset + at, Math.min(SETTLE_BYTES_MAX, length - at), found, at);
+        await this.#fetch(offset + at, Math.min(SETTLE_BYTES_MAX, length - at), found, at);
       this.model.settle(offset, found);
       if (this.model.keeps) this.model.local.fill(1, blockAt(offset), blocksOf(offset + length));
     }
@@ -208,8 +210,19 @@ export class Guest {
   async #compare(offset: number, length: number): Promise<void> {
     const look = this.model.beginRead(offset, length);
     const found = Buffer.allocUnsafe(length);
-    await this.client.read(offset, length, found);
+    await this.#fetch(offset, length, found, 0);
     this.model.endRead(look, found, false);
+  }
+
+  /** Reads again where a failing source fails. */
+  async #fetch(offset: number, length: number, into: Buffer, at: number): Promise<void> {
+    for (let tries = 1; ; tries++) {
+      try {
+        return await this.client.read(offset, length, into, at);
+      } catch (error) {
+        if ((error as { code?: string }).code !== 'source-io' || tries === TRIES_MAX) throw error;
+      }
+    }
   }
 
   /** Cuts the connections. */
