@@ -1,0 +1,275 @@
+/**
+ * One proxied volume through many lives of its daemon, each ended by kill -9. What is compared, and with what, is in model.ts; here is
+ * when the daemon dies.
+ */
+import { mkdirSync, readFileSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Phase, VolumeStatus } from '../../../src/host/service.js';
+import { Errno } from '../../../src/nbd/constants.js';
+import { contentOf, SOURCE_TAG } from './content.js';
+import { type ChildDaemon, Died, type Spares } from './daemon.js';
+import { Guest, MIXED, type Mix } from './guest.js';
+import { DiskModel } from './model.js';
+import type { Random } from './random.js';
+import { type RunningSource, Source, serveSource } from './source.js';
+
+export interface VolumePlan {
+  name: string;
+  sizeBytes: number;
+  /** Where state and image lie. */
+  folder: string;
+  standby?: boolean;
+  background?: boolean;
+  rateBytesPerSecond?: number | null;
+  /** The source has zero ranges, and says so. */
+  sparse?: boolean;
+  /** Share of the source's answers that are errors. */
+  sourceErrors?: number;
+  /** Longest delay of the source's answers, ms. */
+  sourceDelayMsMax?: number;
+  machineCrashes?: boolean;
+}
+
+export type Moment = 'work' | 'start' | 'flush' | 'close';
+
+/** Counted over a campaign. */
+export interface Tally {
+  kills: number;
+  operations: number;
+  refused: number;
+  /** Blocks that were local when everything was compared. */
+  local: number[];
+}
+
+const ZERO_EVERY_BYTES = 1 << 20;
+
+export class Campaign {
+  readonly model: DiskModel;
+  readonly source: Source;
+  readonly socket: string;
+  readonly image: string;
+  readonly stateDir: string;
+  readonly tally: Tally = { kills: 0, operations: 0, refused: 0, local: [] };
+  readonly #errors: string[] = [];
+  #served!: RunningSource;
+  #running: ChildDaemon | undefined;
+  /** What was local for certain when the daemon last died: it is never fetched again. */
+  #kept: Uint8Array;
+
+  private constructor(
+    readonly plan: VolumePlan,
+    readonly random: Random,
+    readonly spares: Spares,
+  ) {
+    const content = contentOf(SOURCE_TAG, 0, plan.sizeBytes);
+    const zeroes = [];
+    for (let at = ZERO_EVERY_BYTES / 2; plan.sparse && at < plan.sizeBytes; at += ZERO_EVERY_BYTES)
+      zeroes.push({ offset: at, length: Math.min(ZERO_EVERY_BYTES / 4 + 1000, plan.sizeBytes - at) });
+    this.source = new Source(content, zeroes);
+    const slowest = plan.sourceDelayMsMax ?? 3;
+    this.source.delayMs = () => (random.chance(0.5) ? 0 : random.between(1, slowest));
+    const failing = plan.sourceErrors ?? 0;
+    this.source.errno = () => (random.chance(failing) ? Errno.EIO : Errno.OK);
+    this.source.onConnection = () => {
+      const kept = this.#kept; // what a dead daemon asked for may come late
+      return (first, end) => this.#fetched(kept, first, end);
+    };
+    this.model = new DiskModel(content, { machineCrashes: plan.machineCrashes ?? false });
+    this.model.keeps = !plan.standby;
+    this.#kept = Uint8Array.from(this.model.local);
+    this.socket = join(plan.folder, `${plan.name}.sock`);
+    this.image = join(plan.folder, `${plan.name}.img`);
+    this.stateDir = join(plan.folder, 'state');
+  }
+
+  static async begin(plan: VolumePlan, random: Random, spares: Spares): Promise<Campaign> {
+    mkdirSync(plan.folder, { recursive: true });
+    const campaign = new Campaign(plan, random, spares);
+    await campaign.#serve();
+    return campaign;
+  }
+
+  get sourceUri(): string {
+    return this.#served.uri;
+  }
+
+  #fetched(kept: Uint8Array, first: number, end: number): void {
+    for (let block = first; block < end; block++)
+      if (kept[block] === 1 && this.#errors.length < 10)
+        this.#errors.push(`block ${block} was local before the daemon died, and was fetched again`);
+  }
+
+  /** Throws what was seen beside the guest's own answers. */
+  check(): void {
+    if (this.#errors.length > 0) throw new Error(this.#errors.join('\n'));
+  }
+
+  /** From now on nothing that is local now may be fetched again. */
+  daemonDied(): void {
+    this.tally.kills++;
+    this.#kept = Uint8Array.from(this.model.local);
+    this.check();
+  }
+
+  volume(rateBytesPerSecond = this.plan.rateBytesPerSecond ?? null) {
+    const { name, standby = false, background = true } = this.plan;
+    return {
+      stateDir: this.stateDir,
+      name,
+      image: this.image,
+      mode: {
+        kind: 'proxy' as const,
+        sourceUri: this.sourceUri,
+        standby,
+        background,
+        rateBytesPerSecond,
+        sourceTimeoutMs: null,
+      },
+    };
+  }
+
+  /** A daemon that serves the volume, and a guest that settled what was doubtful. */
+  async resume(): Promise<{ child: ChildDaemon; guest: Guest }> {
+    const child = this.#take();
+    const uri = await child.open(this.volume(), this.socket);
+    return { child, guest: await this.attach(uri) };
+  }
+
+  #take(): ChildDaemon {
+    this.#running = this.spares.take();
+    return this.#running;
+  }
+
+  async attach(uri: string): Promise<Guest> {
+    const guest = await Guest.attach(uri, this.model, this.random.fork());
+    await guest.settle();
+    return guest;
+  }
+
+  /** One life of the daemon, and its end. */
+  async live(moment: Moment, options: { compare?: boolean; mix?: Mix } = {}): Promise<void> {
+    if (moment === 'start') return this.#dieAtStart();
+    const { child, guest } = await this.resume();
+    if (options.compare) this.tally.local.push((await guest.compareAll()).localBlocks);
+    await this.killAtWork(child, guest, { ...options, moment, answers: this.random.below(120) });
+  }
+
+  /** Lets the guest work, and kills the daemon after so many answers and a moment more. */
+  async killAtWork(
+    child: ChildDaemon,
+    guest: Guest,
+    options: { answers: number; moment?: Moment; mix?: Mix },
+  ): Promise<void> {
+    const over = this.#diesAt(options.moment ?? 'work', child, guest, options.answers);
+    await guest.work(options.mix ?? MIXED);
+    await over;
+    this.#ended(guest);
+  }
+
+  /** Kills the daemon a moment from now. */
+  async killNow(child: ChildDaemon, guest: Guest): Promise<void> {
+    await this.pause();
+    await child.kill();
+    this.#ended(guest);
+  }
+
+  #ended(guest: Guest): void {
+    guest.detach();
+    this.tally.operations += guest.completed;
+    this.tally.refused += guest.refused;
+    this.daemonDied();
+  }
+
+  async phaseOf(child: ChildDaemon): Promise<Phase> {
+    return (await child.command<VolumeStatus>({ do: 'status' })).phase;
+  }
+
+  async #dieAtStart(): Promise<void> {
+    const child = this.#take();
+    const opened = child.open(this.volume(), this.socket).catch((error) => {
+      if (!(error instanceof Died)) throw error;
+    });
+    await delay(this.random.below(25));
+    await this.pause();
+    await child.kill();
+    await opened;
+    this.daemonDied();
+  }
+
+  /** Resolves when the daemon is dead: after so many answers, and a moment more. */
+  #diesAt(moment: Moment, child: ChildDaemon, guest: Guest, operations: number): Promise<void> {
+    return new Promise((resolve, reject) => {
+      const die = async (): Promise<void> => {
+        if (moment === 'flush') void guest.flush(guest.client);
+        if (moment === 'close') child.process.stdin!.end();
+        await this.pause();
+        await child.kill();
+      };
+      let due = false;
+      const look = (): void => {
+        if (due || guest.completed < operations) return;
+        due = true;
+        die().then(resolve, reject);
+      };
+      guest.onAnswer = look;
+      void child.exited.then(() => resolve());
+      look();
+    });
+  }
+
+  /** From nothing at all over some turns of the loop to some milliseconds. */
+  async pause(): Promise<void> {
+    const { random } = this;
+    switch (random.below(4)) {
+      case 0:
+        return;
+      case 1:
+        for (let turns = random.below(20); turns > 0; turns--) await new Promise(setImmediate);
+        return;
+      case 2: {
+        const until = performance.now() + random.fraction() * 2;
+        while (performance.now() < until);
+        return;
+      }
+      default:
+        await delay(random.below(8));
+    }
+  }
+
+  /** Does `what` while the source is away. */
+  async withoutSource(what: () => Promise<void>): Promise<void> {
+    await this.#served.close();
+    try {
+      await what();
+    } finally {
+      await this.#serve();
+    }
+  }
+
+  async #serve(): Promise<void> {
+    this.#served = await serveSource(this.source, join(this.plan.folder, `${this.plan.name}.source`));
+  }
+
+  /** The end of it: all of the disk through the daemon, then the image as it lies there. */
+  async finish(): Promise<void> {
+    const { child, guest } = await this.resume();
+    this.source.errno = () => Errno.OK;
+    await guest.compareAll();
+    if (this.model.keeps) {
+      await guest.readAll(); // fetches what is missing
+      await child.command({ do: 'handedOff' });
+      await guest.readAll();
+    }
+    guest.detach();
+    await child.stop();
+    this.check();
+    if (this.model.keeps) this.model.checkAll(readFileSync(this.image), 'the image after the hand-off');
+  }
+
+  async close(): Promise<void> {
+    await this.#running?.kill();
+    await this.#served.close();
+    rmSync(this.image, { force: true });
+  }
+}
