@@ -168,10 +168,27 @@ class Coordinator {
         return await observe(this.from, this.to, this.journal);
       } catch (error) {
         if (!(error instanceof BlockferryError)) throw error;
+        await this.letTheSourceRun(error);
         if (performance.now() >= deadline) throw this.stuck(error.message, error);
         this.progress({ kind: 'waiting', why: error.message });
         await this.pause();
       }
+    }
+  }
+
+  /**
+   * A host is out of reach. As long as no takeover was begun the guest need not stand still at the source until the destination
+   * answers; the daemon there lets it run only on disks that are not sealed. The rest is undone when both answer.
+   */
+  private async letTheSourceRun(error: BlockferryError): Promise<void> {
+    const begun = new Set(this.journal.entries.map((entry) => (entry.kind === 'begin' ? entry.step : null)));
+    if (begun.has('takeover') || !begun.has('migrate')) return;
+    const { vm, id } = this.journal.plan;
+    try {
+      await this.from.revive(vm, id);
+      this.turn('back', error.message);
+    } catch {
+      // It is the source that is out of reach, or its guest runs already.
     }
   }
 
