@@ -1,6 +1,7 @@
 /** Closing, cancelling, and a kill or a crash at any moment of each change of phase. */
 import assert from 'node:assert/strict';
-import { existsSync, readdirSync, writeFileSync } from 'node:fs';
+import { createHash } from 'node:crypto';
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, test } from 'node:test';
 import { setImmediate } from 'node:timers/promises';
@@ -28,15 +29,32 @@ import {
 
 const B = 4096;
 
-/** The host as it is at each turn of the loop while `step` runs, the last one behind it. */
+/** Names and contents of all files of a host. */
+function fingerprint(root: string): string {
+  const hash = createHash('sha1');
+  for (const entry of readdirSync(root, { recursive: true, encoding: 'utf8' }).sort()) {
+    hash.update(`${entry}\n`);
+    try {
+      hash.update(readFileSync(join(root, entry)));
+    } catch {
+      hash.update('a folder, or gone by now');
+    }
+  }
+  return hash.digest('hex');
+}
+
+/** The host in every state that is seen at a turn of the loop while `step` runs, the last one behind it. */
 async function momentsOf(root: string, step: Promise<unknown>): Promise<string[]> {
   const moments: string[] = [];
+  let last = '';
   let over = false;
   const running = step.finally(() => {
     over = true;
   });
   while (!over) {
-    moments.push(copyOf(root));
+    const now = fingerprint(root);
+    if (now !== last) moments.push(copyOf(root));
+    last = now;
     await setImmediate();
   }
   await running;
