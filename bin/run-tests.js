@@ -17,13 +17,16 @@ function testsIn(path) {
 }
 
 const words = process.argv.slice(2);
-const files = (words.length > 0 ? words : suites).flatMap((word) => {
+
+function testsOf(word) {
   const compiled = resolve(root, 'dist/test', word.replace(/^(dist\/)?test\//, '').replace(/\.ts$/, '.js'));
   if (existsSync(compiled)) return testsIn(compiled);
   if (words.length === 0) return [];
   console.error(`no such suite or test: ${word}`);
-  process.exit(2);
-});
+  return process.exit(2);
+}
+
+const files = (words.length > 0 ? words : suites).flatMap(testsOf);
 if (files.length === 0) {
   console.error('no test found: run `npm run build` first');
   process.exit(1);

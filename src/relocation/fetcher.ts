@@ -4,16 +4,17 @@
  * Invariants
  * - A block is in flight at most once. Who wants a block that is in flight waits for that fetch.
  * - A fetch belongs to the epoch it began in; if the blocks were dropped meanwhile its data is too, and who waits asks again.
- * - Nothing is filled from a fetch that failed or came short.
+ * - Nothing is filled from a fetch that failed or came short. A block fails only if the source fails to read that very block.
  * - Reads that pass through (before a takeover, or with no room to keep blocks) share nothing and keep nothing.
  */
-import { BlockferryError, errnoOf } from '../errors.js';
+import { BlockferryError, type ErrorCode, errnoOf } from '../errors.js';
 import { Errno } from '../nbd/constants.js';
 import type { IoRequest } from '../nbd/device.js';
-import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks, REGION_BLOCKS } from '../volume/blocks.js';
+import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from '../volume/blocks.js';
 import type { BlockStore, Supplier } from '../volume/store.js';
 import { BufferPool } from './buffers.js';
 import { Histogram } from './histogram.js';
+import { InFlight } from './in-flight.js';
 import type { Lane, Link } from './link.js';
 
 /** Blocks of one fetch, at most: 1 MiB. */
@@ -32,8 +33,7 @@ export class Fetcher implements Supplier {
   readonly #store: BlockStore;
   readonly #link: Link;
   readonly #pool = new BufferPool();
-  /** Blocks in flight: two 32-bit masks per region of 64 blocks that has any. */
-  readonly #inFlight = new Map<number, Int32Array>();
+  readonly #inFlight = new InFlight();
   readonly #underWay = new Set<{ first: number; end: number; done: Promise<number> }>();
   #demandsInFlight = 0;
   readonly demandLatency = new Histogram();
@@ -126,12 +126,14 @@ export class Fetcher implements Supplier {
     const { presence } = this.#store;
     if (presence === null) return undefined;
     let first = presence.nextMissing(from, end);
-    while (first < end && this.#isInFlight(first)) first = presence.nextMissing(first + 1, end);
-    if (first >= end) return undefined;
+    for (;;) {
+      if (first >= end) return undefined;
+      const idle = this.#inFlight.nextIdle(first);
+      if (idle === first) break;
+      first = presence.nextMissing(idle, end);
+    }
     const stop = presence.nextPresent(first, Math.min(end, first + blocksMax));
-    let past = first + 1;
-    while (past < stop && !this.#isInFlight(past)) past++;
-    return { first, end: past };
+    return { first, end: this.#inFlight.nextBusy(first, stop) };
   }
 
   /**
@@ -153,30 +155,43 @@ export class Fetcher implements Supplier {
   }
 
   async #run(lane: Lane, first: number, end: number): Promise<number> {
-    const { epoch } = this.#store;
+    const buffer = this.#pool.take(bytesOfBlocks(first, end, this.#store.image.size));
+    this.#inFlight.mark(first, end);
+    const errno = await this.#transfer(this.#store.epoch, lane, first, end, buffer);
+    this.#pool.give(buffer);
+    return errno;
+  }
+
+  /**
+   * Reads [first, end) at once, and where the source fails to, half by half: a bad block of the source fails nobody who waits for
+   * its neighbours. What is over is no longer in flight before those who wait are told, so that they may ask again.
+   */
+  async #transfer(epoch: number, lane: Lane, first: number, end: number, buffer: Buffer): Promise<number> {
     const bytes = bytesOfBlocks(first, end, this.#store.image.size);
-    const buffer = this.#pool.take(bytes);
-    this.#mark(first, end);
     let failure: unknown;
     try {
       await this.#link.read(lane, first * BLOCK_BYTES, bytes, buffer, 0);
     } catch (error) {
       failure = error;
     }
-    this.#unmark(first, end);
-    const errno =
-      failure === undefined
-        ? this.#keep(epoch, first, end, buffer, lane, bytes)
-        : this.#fail(first, end, failure);
-    this.#pool.give(buffer);
-    return errno;
-  }
-
-  #keep(epoch: number, first: number, end: number, buffer: Buffer, lane: Lane, bytes: number): number {
-    if (epoch !== this.#store.epoch) {
+    const stale = epoch !== this.#store.epoch;
+    if (!stale && codeOf(failure) === 'source-io' && end - first > 1) {
+      const middle = first + Math.ceil((end - first) / 2);
+      const lower = await this.#transfer(epoch, lane, first, middle, buffer);
+      const upper = await this.#transfer(epoch, lane, middle, end, buffer);
+      return lower === Errno.OK ? upper : lower;
+    }
+    this.#inFlight.unmark(first, end);
+    if (stale) {
       this.#store.retry(first, end);
       return Errno.OK;
     }
+    return failure === undefined
+      ? this.#keep(epoch, first, end, buffer, lane, bytes)
+      : this.#fail(first, end, failure);
+  }
+
+  #keep(epoch: number, first: number, end: number, buffer: Buffer, lane: Lane, bytes: number): number {
     this.traffic[lane === 'demand' ? 'demandBytes' : 'backgroundBytes'] += bytes;
     const errno = this.#store.fill(epoch, first, end, buffer, 0);
     if (errno === Errno.ENOSPC) this.#store.overflow(first, end);
@@ -185,36 +200,12 @@ export class Fetcher implements Supplier {
   }
 
   #fail(first: number, end: number, failure: unknown): number {
-    const closed = failure instanceof BlockferryError && failure.code === 'closed';
-    const errno = closed ? Errno.ESHUTDOWN : Errno.EIO;
+    const errno = codeOf(failure) === 'closed' ? Errno.ESHUTDOWN : Errno.EIO;
     this.#store.giveUp(first, end, errno);
     return errno;
   }
+}
 
-  #isInFlight(block: number): boolean {
-    const mask = this.#inFlight.get(Math.floor(block / REGION_BLOCKS));
-    return mask !== undefined && (mask[(block >>> 5) & 1]! & (1 << (block & 31))) !== 0;
-  }
-
-  #mark(first: number, end: number): void {
-    for (let block = first; block < end; block++) {
-      const region = Math.floor(block / REGION_BLOCKS);
-      let mask = this.#inFlight.get(region);
-      if (mask === undefined) {
-        mask = new Int32Array(2);
-        this.#inFlight.set(region, mask);
-      }
-      mask[(block >>> 5) & 1]! |= 1 << (block & 31);
-    }
-  }
-
-  #unmark(first: number, end: number): void {
-    for (let block = first; block < end; block++) {
-      const region = Math.floor(block / REGION_BLOCKS);
-      const mask = this.#inFlight.get(region);
-      if (mask === undefined) continue;
-      mask[(block >>> 5) & 1]! &= ~(1 << (block & 31));
-      if (mask[0] === 0 && mask[1] === 0) this.#inFlight.delete(region);
-    }
-  }
+function codeOf(error: unknown): ErrorCode | undefined {
+  return error instanceof BlockferryError ? error.code : undefined;
 }

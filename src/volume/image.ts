@@ -52,7 +52,8 @@ export class Image {
     const readOnly = options.readOnly ?? false;
     let fd: number;
     try {
-      fd = openSync(path, readOnly ? constants.O_RDONLY : constants.O_RDWR);
+      // O_NONBLOCK means nothing to files and block devices; opening a named pipe would wait for its other end.
+      fd = openSync(path, constants.O_NONBLOCK | (readOnly ? constants.O_RDONLY : constants.O_RDWR));
     } catch (cause) {
       const missing = (cause as NodeJS.ErrnoException).code === 'ENOENT';
       throw new BlockferryError(
@@ -105,10 +106,15 @@ export class Image {
       ftruncateSync(fd, size);
       await syncFolder(dirname(resolve(path)));
       return Image.#adopt(realpathSync(path), fd, false);
-    } catch (error) {
+    } catch (cause) {
       closeSync(fd);
       unlinkSync(path);
-      throw error;
+      if (cause instanceof BlockferryError) throw cause;
+      throw new BlockferryError(
+        'image-io',
+        `cannot create image ${path} of ${size} bytes: ${messageOf(cause)}`,
+        { cause },
+      );
     }
   }
 
@@ -172,7 +178,8 @@ export class Image {
     if (data < 0) return { hole: false, end };
     if (data > offset) return { hole: true, end: Math.min(data, end) };
     const hole = native.seekHole(this.fd, offset);
-    return { hole: false, end: hole < 0 ? end : Math.min(hole, end) };
+    // A thread may have punched here between the two questions.
+    return { hole: false, end: hole <= offset ? end : Math.min(hole, end) };
   }
 
   /** 0 or a negative errno. */

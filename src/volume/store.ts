@@ -57,6 +57,7 @@ export class BlockStore {
   /** Reads that a thread has under way. */
   #reading = 0;
   #idle: (() => void)[] = [];
+  #unchanging: (() => void)[] = [];
   #serial: Promise<unknown> = Promise.resolve();
   #nextCommit: Promise<number> | undefined;
   #failure: BlockferryError | null = null;
@@ -303,7 +304,9 @@ export class BlockStore {
   }
 
   #tellIdle(): void {
-    if (this.#idle.length === 0 || this.#locks.size > 0 || this.#reading > 0) return;
+    if (this.#locks.size > 0) return;
+    if (this.#unchanging.length > 0) for (const unchanging of this.#unchanging.splice(0)) unchanging();
+    if (this.#idle.length === 0 || this.#reading > 0) return;
     for (const idle of this.#idle.splice(0)) idle();
   }
 
@@ -450,6 +453,12 @@ export class BlockStore {
   idle(): Promise<void> {
     if (this.#locks.size === 0 && this.#reading === 0) return Promise.resolve();
     return new Promise((resolve) => this.#idle.push(resolve));
+  }
+
+  /** Resolves when no thread changes the image, however many read it; otherwise like `idle`. */
+  unchanging(): Promise<void> {
+    if (this.#locks.size === 0) return Promise.resolve();
+    return new Promise((resolve) => this.#unchanging.push(resolve));
   }
 
   // What is where

@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { mkdirSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { before, test } from 'node:test';
 import type { Machine } from '../../src/hypervisor/driver.js';
 import type { SupervisedProcess } from '../../src/hypervisor/process.js';
@@ -87,8 +87,8 @@ async function verify(lab: Lab, host: string, machine: Machine, workload: Worklo
   }
 }
 
-async function move(lab: Lab, source: Machine, destination: Machine): Promise<void> {
-  await source.migrate(await destination.incoming('tcp:127.0.0.1:0'));
+async function move(lab: Lab, source: Machine, destination: Machine, uri = 'tcp:127.0.0.1:0'): Promise<void> {
+  await source.migrate(await destination.incoming(uri));
   await source.waitPreSwitchover(STEP_TIMEOUT_MS);
   assert.equal((await source.status()).state, 'paused');
   await source.continueSwitchover();
@@ -141,7 +141,7 @@ test('a migration cancelled in pre-switchover leaves the guest at the source, an
   const source = await lab.start('a', false);
   await lab.monitor.ready();
   const first = await lab.start('b', true);
-  await source.migrate(await first.incoming(`tcp:127.0.0.1:0`));
+  await source.migrate(await first.incoming('tcp:127.0.0.1:0'));
   await source.waitPreSwitchover(STEP_TIMEOUT_MS);
   await source.cancelMigration();
   assert.equal((await source.status()).state, 'running');
@@ -149,7 +149,7 @@ test('a migration cancelled in pre-switchover leaves the guest at the source, an
   await first.kill();
 
   const second = await lab.start('b', true);
-  await move(lab, source, second);
+  await move(lab, source, second, `unix:${join(dirname(lab.image), 'ram.sock')}`);
   await verify(lab, 'b', second, workload);
 });
 

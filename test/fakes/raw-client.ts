@@ -50,6 +50,10 @@ export interface Reply {
 /** Takes replies apart, and throws where they break the protocol's grammar. Knows the READs: simple replies need that. */
 export class ReplyParser {
   #bytes: Buffer = Buffer.alloc(0);
+  /** Pieces behind #bytes, joined when there are enough of them for the next step. */
+  #pieces: Buffer[] = [];
+  #total = 0;
+  #needed = 16;
   readonly #reads = new Map<number, { offset: number; length: number }>();
   readonly #open = new Map<number, Reply>();
 
@@ -57,7 +61,7 @@ export class ReplyParser {
 
   /** Bytes of a reply that is not complete yet. */
   get partial(): number {
-    return this.#bytes.length + this.#open.size;
+    return this.#total + this.#open.size;
   }
 
   expectRead(cookie: number, offset: number, length: number): void {
@@ -65,24 +69,32 @@ export class ReplyParser {
   }
 
   push(bytes: Buffer): Reply[] {
-    this.#bytes = Buffer.concat([this.#bytes, bytes]);
+    this.#pieces.push(Buffer.from(bytes));
+    this.#total += bytes.length;
+    if (this.#total < this.#needed) return [];
+    this.#bytes = Buffer.concat([this.#bytes, ...this.#pieces]);
+    this.#pieces = [];
     const replies: Reply[] = [];
     for (let reply = this.#next(); reply !== null; reply = this.#next()) {
       if (reply !== 'more') replies.push(reply);
     }
+    this.#total = this.#bytes.length;
     return replies;
   }
 
   #next(): Reply | 'more' | null {
     const bytes = this.#bytes;
+    this.#needed = 16;
     if (bytes.length < 16) return null;
     const magic = bytes.readUInt32BE(0);
     const cookie = Number(bytes.readBigUInt64BE(8));
     if (magic === SIMPLE_REPLY_MAGIC) return this.#simple(cookie, bytes.readUInt32BE(4));
     if (magic !== STRUCTURED_REPLY_MAGIC) throw new Error(`no reply magic: ${magic.toString(16)}`);
     if (!this.structured) throw new Error('a structured reply that was not negotiated');
+    this.#needed = 20;
     if (bytes.length < 20) return null;
     const end = 20 + bytes.readUInt32BE(16);
+    this.#needed = end;
     if (bytes.length < end) return null;
     const reply = this.#chunk(cookie, bytes.subarray(20, end));
     this.#bytes = bytes.subarray(end);
@@ -93,6 +105,7 @@ export class ReplyParser {
     const read = this.#reads.get(cookie);
     if (read !== undefined && this.structured) throw new Error('a simple reply to a READ');
     const length = read !== undefined && errno === 0 ? read.length : 0;
+    this.#needed = 16 + length;
     if (this.#bytes.length < 16 + length) return null;
     const data =
       read !== undefined && errno === 0 ? Buffer.from(this.#bytes.subarray(16, 16 + length)) : null;

@@ -7,7 +7,18 @@
 import { execFile } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
-import { chmod, copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
+import {
+  chmod,
+  copyFile,
+  mkdir,
+  mkdtemp,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  stat,
+  writeFile,
+} from 'node:fs/promises';
 import { homedir } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -31,6 +42,8 @@ const MODULES = [
   'block/virtio_blk.ko',
 ];
 const DOWNLOAD_TIMEOUT_MS = 120_000;
+/** Guests of earlier kernels and workloads, 17 MB each, go when a new one is built and they are older than this. */
+const CACHE_AGE_MAX_MS = 30 * 24 * 3_600_000;
 
 export interface Guest {
   kernel: string;
@@ -95,7 +108,17 @@ export async function buildGuest(): Promise<Guest> {
   } finally {
     await rm(work, { recursive: true, force: true });
   }
+  await forgetOldGuests();
   return guest;
+}
+
+async function forgetOldGuests(): Promise<void> {
+  for (const name of await readdir(cacheFolder())) {
+    const path = join(cacheFolder(), name);
+    const info = await stat(path).catch(() => null);
+    if (info !== null && Date.now() - info.mtimeMs > CACHE_AGE_MAX_MS)
+      await rm(path, { recursive: true, force: true });
+  }
 }
 
 async function buildInto(work: string, ready: string, kernel: string, busybox: string): Promise<void> {

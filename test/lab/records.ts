@@ -49,7 +49,7 @@ export function makeRecord(words: Uint32Array, at: number, slot: number, sequenc
   words[at + 4] = recordHash(words, at);
 }
 
-/** Writes records of sequence 0 into slots 0 to `slots` - 1 of a file that starts at byte `start`. */
+/** Writes `slots` records of sequence 0 from byte 0 of a file on; the record at `index` is that of slot `slotOf(index)`. */
 export async function writeInitialRecords(
   path: string,
   slots: number,

@@ -1,7 +1,7 @@
 /** A client of the handshake made of plain bytes, a directory of exports in memory, and a strict reader of what a server sends. */
 import assert from 'node:assert/strict';
 import { HandshakeFlag, NBD_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC } from '../../src/nbd/constants.js';
-import type { BlockDevice, IoRequest } from '../../src/nbd/device.js';
+import type { BlockDevice, IoRequest, StatusRequest } from '../../src/nbd/device.js';
 import { defaultOrNamed, type ExportDirectory, type ExportEntry } from '../../src/nbd/server/exports.js';
 import { Handshake, type HandshakeResult } from '../../src/nbd/server/handshake.js';
 
@@ -109,7 +109,10 @@ export class ZeroDevice implements BlockDevice {
   trim = done;
   zero = done;
   cache = done;
-  status = done;
+  status(request: StatusRequest): void {
+    request.extent(request.length, 0);
+    request.complete(0);
+  }
   release(): void {
     this.released++;
   }

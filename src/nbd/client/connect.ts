@@ -2,7 +2,7 @@
 
 import net from 'node:net';
 import { BlockferryError, messageOf } from '../../errors.js';
-import { protocolError } from '../codec/client.js';
+import { displayable, protocolError } from '../codec/client.js';
 import { HANDSHAKE_TIMEOUT_MS } from '../constants.js';
 import { formatNbdUri, type NbdAddress, type NbdUri } from '../uri.js';
 import { ClientHandshake, type HandshakeGoal, type HandshakeOutcome } from './handshake.js';
@@ -60,6 +60,7 @@ class Attempt implements Receiver {
   readonly #peer: string;
   #timer: NodeJS.Timeout;
   #over = false;
+  #stands = false;
   #receiver: Receiver = this;
 
   constructor(
@@ -90,6 +91,7 @@ class Attempt implements Receiver {
 
   #connected(): void {
     if (this.#over) return;
+    this.#stands = true;
     clearTimeout(this.#timer);
     const timeoutMs = this.limits.handshakeTimeoutMs ?? HANDSHAKE_TIMEOUT_MS;
     this.#timer = setTimeout(
@@ -123,12 +125,11 @@ class Attempt implements Receiver {
 
   ended(error: Error | null): void {
     if (this.#over) return;
-    if (this.#socket.connecting || (error !== null && this.#socket.pending)) {
-      this.#fail('source-unreachable', messageOf(error ?? 'it was closed'), error);
+    if (!this.#stands) {
+      this.#fail('source-unreachable', describeLoss(error), error);
       return;
     }
-    const why = error === null ? 'the server hung up' : messageOf(error);
-    this.#fail('closed', `${why} before ${this.#handshake.awaiting}`, error);
+    this.#fail('closed', `${describeLoss(error)} before ${this.#handshake.awaiting}`, error);
   }
 
   #timedOut(why: string): void {
@@ -155,6 +156,14 @@ class Attempt implements Receiver {
     clearTimeout(this.#timer);
     this.limits.signal?.removeEventListener('abort', this.#aborted);
   }
+}
+
+/** Why a connection ended, in words. */
+export function describeLoss(error: Error | null): string {
+  if (error === null) return 'the server hung up';
+  // What net throws when each address of a host failed has no message of its own.
+  if (error instanceof AggregateError) return displayable(error.errors.map(messageOf).join(', '));
+  return displayable(error.message);
 }
 
 function dial(address: NbdAddress, callback: (length: number, bytes: Uint8Array) => boolean): net.Socket {

@@ -1,0 +1,111 @@
+/** What several commands need: finding daemons and volumes, options in common, the way out. */
+
+import { Command, InvalidArgumentError, Option } from 'commander';
+import { BlockferryError } from '../errors.js';
+import type { StatusView, VolumeView } from '../host/control/api.js';
+import { ControlClient } from '../host/control/client.js';
+import { liveControlSockets } from '../host/control/socket.js';
+import { defaultStateDir } from '../host/state-dir.js';
+
+export interface FindOptions {
+  stateDir?: string;
+  control?: string;
+}
+
+export interface FoundDaemon {
+  client: ControlClient;
+  status: StatusView;
+}
+
+/** Turns a parser that throws BlockferryError 'usage' into one that commander reports as wrong usage. */
+export function argument<Value>(parse: (text: string) => Value): (text: string) => Value {
+  return (text) => {
+    try {
+      return parse(text);
+    } catch (error) {
+      if (error instanceof BlockferryError) throw new InvalidArgumentError(error.message);
+      throw error;
+    }
+  };
+}
+
+export function stateDirOption(): Option {
+  return new Option(
+    '--state-dir <folder>',
+    'where state is kept (default: /var/lib/blockferry as root, else the XDG state folder)',
+  );
+}
+
+export function logLevelOption(): Option {
+  return new Option('--log-level <level>', 'what is logged on stderr')
+    .choices(['fatal', 'error', 'warn', 'info', 'debug', 'silent'])
+    .default('info');
+}
+
+/** A command that talks to running daemons. */
+export function controlCommand(name: string, description: string): Command {
+  return new Command(name)
+    .description(description)
+    .addOption(stateDirOption())
+    .option('--control <path>', 'control socket of the daemon (default: all daemons of the state folder)');
+}
+
+/** Daemons that answer. With `--control` it is that one, and it must answer. */
+export async function findDaemons(options: FindOptions): Promise<FoundDaemon[]> {
+  if (options.control !== undefined) {
+    const client = new ControlClient(options.control);
+    return [{ client, status: await client.status() }];
+  }
+  const sockets = await liveControlSockets(options.stateDir ?? defaultStateDir());
+  const found = await Promise.all(
+    sockets.map(async (path) => {
+      const client = new ControlClient(path);
+      try {
+        return { client, status: await client.status() };
+      } catch (error) {
+        // It went away since it was listed.
+        if (error instanceof BlockferryError && error.code === 'control') return null;
+        throw error;
+      }
+    }),
+  );
+  return found.filter((daemon) => daemon !== null);
+}
+
+function nobody(options: FindOptions): BlockferryError {
+  const where = options.stateDir ?? defaultStateDir();
+  return new BlockferryError(
+    'control',
+    `no daemon runs on ${where}: start one, or name its socket with --control`,
+  );
+}
+
+/** The daemon that has the volume; without a name there must be one volume only. */
+export async function findVolume(
+  name: string | undefined,
+  options: FindOptions,
+): Promise<{ client: ControlClient; volume: VolumeView }> {
+  const daemons = await findDaemons(options);
+  if (daemons.length === 0) throw nobody(options);
+  const all = daemons.flatMap(({ client, status }) => status.volumes.map((volume) => ({ client, volume })));
+  const fitting = name === undefined ? all : all.filter(({ volume }) => volume.name === name);
+  if (fitting.length === 1) return fitting[0];
+  const known = all.map(({ volume }) => volume.name).join(', ');
+  if (fitting.length === 0) {
+    const what = name === undefined ? 'no volume is served' : `no daemon has a volume "${name}"`;
+    throw new BlockferryError('not-found', `${what}${known === '' ? '' : `; there is ${known}`}`);
+  }
+  const what = name === undefined ? 'several volumes are served' : `several daemons have a volume "${name}"`;
+  const how = name === undefined ? `name one of ${known}` : 'name the daemon with --control';
+  throw new BlockferryError('usage', `${what}: ${how}`);
+}
+
+export async function findDaemonsOrFail(options: FindOptions): Promise<FoundDaemon[]> {
+  const daemons = await findDaemons(options);
+  if (daemons.length === 0) throw nobody(options);
+  return daemons;
+}
+
+export function printJson(value: unknown): void {
+  process.stdout.write(`${JSON.stringify(value, null, 2)}\n`);
+}

@@ -1,0 +1,64 @@
+/** The one-volume daemons `serve` and `proxy`, made of the same parts as `host`. */
+
+import { resolve } from 'node:path';
+import { BlockferryError } from '../errors.js';
+import { volumeName } from '../host/config.js';
+import type { DaemonOptions } from '../host/daemon.js';
+import type { OpenMode } from '../host/open.js';
+import { daemonLog, runDaemon } from '../host/run.js';
+import { controlSocketPath, defaultStateDir } from '../host/state-dir.js';
+import { defaultName } from '../volume/open.js';
+import { daemonParts } from './parts.js';
+
+const DEFAULT_LISTEN = '127.0.0.1:10809';
+
+export interface OneVolumeOptions {
+  name?: string;
+  listen: string[];
+  stateDir?: string;
+  control?: string;
+  logLevel: string;
+}
+
+export async function runOneVolume(
+  kind: 'serve' | 'proxy',
+  disk: string,
+  options: OneVolumeOptions,
+  mode: OpenMode,
+): Promise<void> {
+  const checked = volumeName.safeParse(options.name ?? defaultName(disk));
+  if (!checked.success)
+    throw new BlockferryError('usage', `--name: expected ${checked.error.issues[0].message}`);
+  const name = checked.data;
+  const stateDir = resolve(options.stateDir ?? defaultStateDir());
+  const listen = options.listen.length > 0 ? options.listen : [DEFAULT_LISTEN];
+  const log = daemonLog('blockferry', options.logLevel);
+  const machinesDir = resolve(stateDir, 'run');
+  const daemon: DaemonOptions = {
+    kind,
+    name,
+    stateDir,
+    control: resolve(options.control ?? controlSocketPath(stateDir, name)),
+    link: null,
+    images: null,
+    folders: [],
+    machinesDir,
+    guestAddresses: () => listen,
+    diskSocket: () => '',
+    migrationAddress: '127.0.0.1',
+    stopTimeoutMs: 0,
+    volumes: [{ name, image: resolve(disk), mode }],
+    vms: [],
+    toleratesBadVolumes: false,
+    parts: daemonParts(machinesDir),
+    log,
+  };
+  const stdio = listen.includes('stdio');
+  await runDaemon(daemon, (uris) => announce(uris, stdio));
+}
+
+/** The readiness line, on stdout unless an NBD session is there. */
+export function announce(uris: string[], stdio: boolean): void {
+  const line = `ready ${uris.join(' ')}`.trimEnd();
+  (stdio ? process.stderr : process.stdout).write(`${line}\n`);
+}

@@ -1,0 +1,50 @@
+import { Command, Option } from 'commander';
+import { argument, logLevelOption, stateDirOption } from './common.js';
+import { type OneVolumeOptions, runOneVolume } from './daemon.js';
+import { listenOption } from './serve.js';
+import { parseRate, parseSeconds } from './units.js';
+
+interface ProxyOptions extends OneVolumeOptions {
+  standby: boolean;
+  bandwidth?: number | null;
+  background: boolean;
+  sourceTimeout?: number;
+}
+
+export function proxyCommand(): Command {
+  return new Command('proxy')
+    .description('serve DISK at once while its blocks still come from an NBD source')
+    .argument('<source-uri>', 'NBD URI of the source')
+    .argument('<disk>', 'image file, created sparse with the size of the source if it is not there')
+    .option('--name <name>', 'name of the volume and its export (default: from the file name)')
+    .option(
+      '--listen <addr>',
+      'unix:PATH, HOST:PORT, [V6]:PORT, fd:N or stdio; may be repeated (default: 127.0.0.1:10809)',
+      listenOption,
+      [],
+    )
+    .option('--standby', 'keep nothing that is read until the first write or `takeover`', false)
+    .option('--bandwidth <rate>', 'limit of the background copy, as in 100M/s', argument(parseRate))
+    .addOption(
+      new Option('--order <order>', 'order of the background copy').choices(['linear']).default('linear'),
+    )
+    .option('--no-background', 'fetch only what is read')
+    .option(
+      '--source-timeout <seconds>',
+      'fail reads after this long without the source (default: wait)',
+      argument(parseSeconds),
+    )
+    .addOption(stateDirOption())
+    .option('--control <path>', 'path of the control socket (default: STATE/control/NAME.sock)')
+    .addOption(logLevelOption())
+    .action(async (sourceUri: string, disk: string, options: ProxyOptions) => {
+      await runOneVolume('proxy', disk, options, {
+        kind: 'proxy',
+        sourceUri,
+        standby: options.standby,
+        background: options.background,
+        rateBytesPerSecond: options.bandwidth ?? null,
+        sourceTimeoutMs: options.sourceTimeout ?? null,
+      });
+    });
+}

@@ -1,0 +1,20 @@
+import type { Command } from 'commander';
+import { controlCommand, type FindOptions, findVolume } from './common.js';
+
+export function pauseCommand(): Command {
+  return controlCommand('pause', 'pause the background copy; reads of missing blocks go on')
+    .argument('[volume]', 'volume (default: the only one)')
+    .action(async (name: string | undefined, options: FindOptions) => {
+      const { client, volume } = await findVolume(name, options);
+      await client.pause(volume.name);
+    });
+}
+
+export function resumeCommand(): Command {
+  return controlCommand('resume', 'go on with a paused background copy')
+    .argument('[volume]', 'volume (default: the only one)')
+    .action(async (name: string | undefined, options: FindOptions) => {
+      const { client, volume } = await findVolume(name, options);
+      await client.resume(volume.name);
+    });
+}

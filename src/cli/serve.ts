@@ -1,0 +1,27 @@
+import { Command } from 'commander';
+import { logLevelOption, stateDirOption } from './common.js';
+import { type OneVolumeOptions, runOneVolume } from './daemon.js';
+
+export function listenOption(address: string, before: string[]): string[] {
+  return [...before, address];
+}
+
+export function serveCommand(): Command {
+  return new Command('serve')
+    .description('serve a raw image file or block device over NBD')
+    .argument('<disk>', 'image file or block device; it must exist')
+    .option('--name <name>', 'name of the volume and its export (default: from the file name)')
+    .option(
+      '--listen <addr>',
+      'unix:PATH, HOST:PORT, [V6]:PORT, fd:N or stdio; may be repeated (default: 127.0.0.1:10809)',
+      listenOption,
+      [],
+    )
+    .option('--read-only', 'refuse writes', false)
+    .addOption(stateDirOption())
+    .option('--control <path>', 'path of the control socket (default: STATE/control/NAME.sock)')
+    .addOption(logLevelOption())
+    .action(async (disk: string, options: OneVolumeOptions & { readOnly: boolean }) => {
+      await runOneVolume('serve', disk, options, { kind: 'serve', readOnly: options.readOnly });
+    });
+}

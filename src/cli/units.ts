@@ -1,0 +1,77 @@
+/** Sizes and rates as people write and read them. Suffixes are powers of two, as in qemu-img and dd. */
+
+import { BlockferryError } from '../errors.js';
+
+const FACTOR: Record<string, number> = { '': 1, K: 2 ** 10, M: 2 ** 20, G: 2 ** 30, T: 2 ** 40 };
+const SIZE = /^(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$/i;
+
+/** Bytes of `text` ("4096", "64K", "1.5G"). A whole number of bytes, at most Number.MAX_SAFE_INTEGER. Fails with 'usage'. */
+export function parseSize(text: string): number {
+  const match = SIZE.exec(text.trim());
+  if (!match)
+    throw new BlockferryError('usage', `"${text}" is no size: write bytes or a number with K, M, G or T`);
+  const bytes = Math.round(Number(match[1]) * FACTOR[match[2].toUpperCase()]);
+  if (!Number.isSafeInteger(bytes)) throw new BlockferryError('usage', `"${text}" is too large a size`);
+  return bytes;
+}
+
+/** Bytes per second of `text`: a size with or without "/s"; "0", "none" and "unlimited" are null, no limit. */
+export function parseRate(text: string): number | null {
+  const bare = text.trim().replace(/\s*\/s$/i, '');
+  if (/^(none|unlimited)$/i.test(bare)) return null;
+  const bytes = parseSize(bare);
+  return bytes === 0 ? null : bytes;
+}
+
+/** A byte range "OFFSET:LENGTH" or "OFFSET-END" (END excluded), each a size; "all" is the whole of `size` bytes. */
+export function parseRange(text: string, size: number): { offset: number; length: number } {
+  if (text === 'all') return { offset: 0, length: size };
+  const match = /^([^:-]+)([:-])([^:-]+)$/.exec(text);
+  if (!match)
+    throw new BlockferryError('usage', `"${text}" is no range: write OFFSET:LENGTH, OFFSET-END or all`);
+  const offset = parseSize(match[1]);
+  const length = match[2] === ':' ? parseSize(match[3]) : parseSize(match[3]) - offset;
+  if (length < 1 || offset + length > size) {
+    throw new BlockferryError(
+      'usage',
+      `range ${text} is empty or reaches past the end of the volume at ${size} bytes`,
+    );
+  }
+  return { offset, length };
+}
+
+/** Seconds, a decimal number > 0, as milliseconds. */
+export function parseSeconds(text: string): number {
+  const seconds = Number(text);
+  if (!/^\d+(\.\d+)?$/.test(text) || seconds <= 0 || seconds > 86_400) {
+    throw new BlockferryError('usage', `"${text}" is no time: write seconds, more than 0 and at most 86400`);
+  }
+  return Math.round(seconds * 1000);
+}
+
+/** `bytes` with three significant digits at most: "4 KiB", "1.5 GiB", "999 B". */
+export function formatSize(bytes: number): string {
+  const names = ['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB'];
+  let value = bytes;
+  let index = 0;
+  while (value >= 1024 && index < names.length - 1) {
+    value /= 1024;
+    index += 1;
+  }
+  const digits = index === 0 || value >= 100 || Number.isInteger(value) ? 0 : value >= 10 ? 1 : 2;
+  return `${value.toFixed(digits)} ${names[index]}`;
+}
+
+export function formatRate(bytesPerSecond: number): string {
+  return `${formatSize(bytesPerSecond)}/s`;
+}
+
+/** "850 ms", "4.2 s", "3 min 20 s", "2 h 05 min". */
+export function formatDuration(ms: number): string {
+  if (ms < 1000) return `${Math.round(ms)} ms`;
+  if (ms < 59_950) return `${(ms / 1000).toFixed(1)} s`;
+  const seconds = Math.round(ms / 1000);
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${String(seconds % 60).padStart(2, '0')} s`;
+  const minutes = Math.round(seconds / 60);
+  return `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, '0')} min`;
+}

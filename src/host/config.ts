@@ -1,0 +1,163 @@
+/** The configuration of `blockferry host`: a YAML file, checked word by word before anything is opened. */
+
+import { readFileSync } from 'node:fs';
+import { isAbsolute, join, resolve } from 'node:path';
+import { parseDocument } from 'yaml';
+import { z } from 'zod';
+import { BlockferryError, messageOf } from '../errors.js';
+import { type MachineDefinition, machineDefinitionSchema } from '../hypervisor/driver.js';
+import { defaultStateDir, RESERVED_NAMES } from './state-dir.js';
+
+const CONFIG_BYTES_MAX = 1 << 20;
+const NAME_BYTES_MAX = 128;
+const VOLUMES_MAX = 4096;
+const MACHINES_MAX = 1024;
+
+/** Names become folder, socket and export names, so they are plain words. */
+export const volumeName = z
+  .string()
+  .max(NAME_BYTES_MAX, `a name of at most ${NAME_BYTES_MAX} characters`)
+  .regex(
+    /^[A-Za-z0-9_][A-Za-z0-9._-]*$/,
+    'a name of letters, digits, ".", "_" and "-" that starts with neither "." nor "-"',
+  )
+  .refine(
+    (name) => !RESERVED_NAMES.has(name),
+    "a name other than blockferry's own folders in the state folder",
+  );
+/** Part of the control socket's name. */
+const daemonName = volumeName;
+
+const noNul = z.string().refine((text) => !text.includes('\0'), 'text without NUL bytes');
+const path = noNul.min(1, 'a path');
+
+const configSchema = z.strictObject({
+  name: daemonName,
+  stateDir: path.optional(),
+  control: path.optional(),
+  link: noNul.default('127.0.0.1:0'),
+  images: path.optional(),
+  run: path.optional(),
+  migrationAddress: noNul.min(1).default('127.0.0.1'),
+  stopTimeoutSeconds: z.number().min(0).max(3600).default(30),
+  volumes: z
+    .array(z.strictObject({ name: volumeName, image: path }))
+    .max(VOLUMES_MAX)
+    .default([]),
+  vms: z
+    .array(z.strictObject({ ...machineDefinitionSchema.shape, autostart: z.boolean().default(false) }))
+    .max(MACHINES_MAX)
+    .default([]),
+});
+
+/** A checked configuration: every path absolute, every default filled in. */
+export interface HostConfig {
+  name: string;
+  stateDir: string;
+  /** Path of the control socket. */
+  control: string;
+  /** Where other hosts read from: an ADDR. */
+  link: string;
+  /** Folder for the images of volumes that arrive. */
+  images: string;
+  /** Folder for sockets. */
+  run: string;
+  /** Host or IP at which an incoming QEMU listens. */
+  migrationAddress: string;
+  /** How long a guest may take to power off when the daemon stops. */
+  stopTimeoutMs: number;
+  volumes: { name: string; image: string }[];
+  vms: { definition: MachineDefinition; autostart: boolean }[];
+}
+
+/** "vms[0].disks[1].node: expected ..." */
+export function describeIssues(error: z.ZodError, whole: string): string {
+  return error.issues
+    .slice(0, 5)
+    .map((issue) => {
+      const where = issue.path.reduce<string>(
+        (text, key) =>
+          text + (typeof key === 'number' ? `[${key}]` : text === '' ? String(key) : `.${String(key)}`),
+        '',
+      );
+      return `${where === '' ? whole : where}: ${issue.message.replace(/^Invalid input: /, '')}`;
+    })
+    .join('; ');
+}
+
+function duplicates(names: string[]): string | undefined {
+  return names.find((name, index) => names.indexOf(name) !== index);
+}
+
+/** Checks `text`, the content of a configuration file in the folder `base`. Fails with 'usage'. */
+export function parseConfig(text: string, base: string, file = 'configuration'): HostConfig {
+  const document = parseDocument(text, { prettyErrors: true });
+  if (document.errors.length > 0) {
+    throw new BlockferryError('usage', `${file} is no YAML: ${document.errors[0].message.split('\n')[0]}`);
+  }
+  let raw: unknown;
+  try {
+    raw = document.toJS({ maxAliasCount: 100 });
+  } catch (error) {
+    throw new BlockferryError('usage', `${file} is no YAML: ${messageOf(error)}`, { cause: error });
+  }
+  const result = configSchema.safeParse(raw ?? {});
+  if (!result.success)
+    throw new BlockferryError('usage', `${file}: ${describeIssues(result.error, 'the file')}`);
+  const config = result.data;
+  const twice = duplicates(config.volumes.map((volume) => volume.name));
+  if (twice !== undefined) throw new BlockferryError('usage', `${file}: volumes: "${twice}" is there twice`);
+  const twin = duplicates(config.vms.map((vm) => vm.name));
+  if (twin !== undefined) throw new BlockferryError('usage', `${file}: vms: "${twin}" is there twice`);
+  checkDisks(config.vms, file);
+
+  const absolute = (word: string): string => (isAbsolute(word) ? word : resolve(base, word));
+  const stateDir = absolute(config.stateDir ?? defaultStateDir());
+  return {
+    name: config.name,
+    stateDir,
+    control: absolute(config.control ?? join(stateDir, 'control', `${config.name}.sock`)),
+    link: config.link,
+    images: absolute(config.images ?? join(stateDir, 'images')),
+    run: absolute(config.run ?? join(stateDir, 'run')),
+    migrationAddress: config.migrationAddress,
+    stopTimeoutMs: config.stopTimeoutSeconds * 1000,
+    volumes: config.volumes.map((volume) => ({ name: volume.name, image: absolute(volume.image) })),
+    vms: config.vms.map(({ autostart, ...definition }) => ({ definition, autostart })),
+  };
+}
+
+/** A volume attached twice would have two writers at once. Volumes that are not listed may arrive later, so they are allowed. */
+function checkDisks(vms: MachineDefinition[], file: string): void {
+  const owner = new Map<string, string>();
+  for (const vm of vms) {
+    for (const disk of vm.disks) {
+      const other = owner.get(disk.volume);
+      if (other !== undefined) {
+        throw new BlockferryError(
+          'usage',
+          `${file}: vms: volume "${disk.volume}" is a disk of "${other}" and of "${vm.name}"`,
+        );
+      }
+      owner.set(disk.volume, vm.name);
+    }
+    const node = duplicates(vm.disks.map((disk) => disk.node));
+    if (node !== undefined)
+      throw new BlockferryError('usage', `${file}: vms: "${vm.name}" has node "${node}" twice`);
+  }
+}
+
+/** Reads and checks a configuration file; relative paths in it are relative to its folder. Fails with 'usage'. */
+export function readConfig(file: string): HostConfig {
+  let text: string;
+  try {
+    text = readFileSync(file, 'utf8');
+  } catch (error) {
+    throw new BlockferryError('usage', `configuration ${file} cannot be read: ${messageOf(error)}`, {
+      cause: error,
+    });
+  }
+  if (text.length > CONFIG_BYTES_MAX)
+    throw new BlockferryError('usage', `configuration ${file} is larger than 1 MiB`);
+  return parseConfig(text, resolve(file, '..'), file);
+}

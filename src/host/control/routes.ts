@@ -1,0 +1,112 @@
+/** The route table of the control API: what each path does, in one line each. */
+
+import type { Machines } from '../machines.js';
+import type { Volumes } from '../volumes.js';
+import {
+  cancelVolume,
+  createVolume,
+  incoming,
+  migrate,
+  nothing,
+  ofMove,
+  prefetch,
+  rate,
+  retire,
+  type StatusView,
+  seal,
+  stopMachine,
+  takeover,
+  unseal,
+  wait,
+  waitMigration,
+} from './api.js';
+import { type Route, route } from './server.js';
+
+const POWERDOWN_MS = 30_000;
+
+export function controlRoutes(parts: {
+  status: () => Promise<StatusView>;
+  volumes: Volumes;
+  machines: Machines;
+}): Route[] {
+  const { volumes, machines } = parts;
+  return [
+    route('GET', '/v1/status', nothing, () => parts.status()),
+    ...volumeRoutes(volumes),
+    route('GET', '/v1/vms', nothing, async () => ({ vms: await machines.views() })),
+    ...machineRoutes(machines),
+  ];
+}
+
+function volumeRoutes(volumes: Volumes): Route[] {
+  const path = (verb: string): string => `/v1/volumes/:name/${verb}`;
+  return [
+    route('GET', '/v1/volumes/:name', nothing, async ({ params }) => volumes.view(params.name)),
+    route('POST', '/v1/volumes', createVolume, ({ body }) => volumes.arrive(body)),
+    route('POST', path('takeover'), takeover, ({ params, body }) =>
+      volumes.service(params.name).takeover(body.generation),
+    ),
+    route('POST', path('seal'), seal, ({ params, body }) =>
+      done(volumes.service(params.name).seal(body.generation)),
+    ),
+    route('POST', path('unseal'), unseal, ({ params, body }) =>
+      done(volumes.service(params.name).unseal(body)),
+    ),
+    route('POST', path('retreat'), nothing, ({ params }) => volumes.service(params.name).retreat()),
+    route('POST', path('cancel'), cancelVolume, ({ params, body }) =>
+      volumes.cancel(params.name, body.volumeId),
+    ),
+    route('POST', path('retire'), retire, ({ params, body }) =>
+      done(volumes.service(params.name).retire(body)),
+    ),
+    route('POST', path('pause'), nothing, async ({ params }) => volumes.service(params.name).pause()),
+    route('POST', path('resume'), nothing, async ({ params }) => volumes.service(params.name).resume()),
+    route('POST', path('rate'), rate, async ({ params, body }) =>
+      volumes.service(params.name).setRate(body.bytesPerSecond),
+    ),
+    route('POST', path('prefetch'), prefetch, ({ params, body }) =>
+      done(volumes.service(params.name).prefetch(body.offset, body.length)),
+    ),
+    route('POST', path('handoff-wait'), wait, async ({ params, body, signal }) => ({
+      done: await volumes.waitHandoff(params.name, body.timeoutMs, signal),
+      volume: volumes.view(params.name),
+    })),
+  ];
+}
+
+function machineRoutes(machines: Machines): Route[] {
+  const path = (verb: string): string => `/v1/vms/:name/${verb}`;
+  return [
+    route('GET', '/v1/vms/:name', nothing, ({ params }) => machines.view(params.name)),
+    route('POST', path('start'), nothing, ({ params }) => machines.start(params.name)),
+    route('POST', path('stop'), stopMachine, ({ params, body }) =>
+      machines.stop(params.name, body.mode ?? 'powerdown', body.timeoutMs ?? POWERDOWN_MS),
+    ),
+    route('POST', path('claim'), ofMove, ({ params, body }) => machines.claim(params.name, body.moveId)),
+    route('POST', path('release'), ofMove, ({ params, body }) => machines.release(params.name, body.moveId)),
+    route('POST', path('incoming'), incoming, ({ params, body }) =>
+      machines.incoming(params.name, body.moveId, body.definition),
+    ),
+    route('POST', path('migrate'), migrate, ({ params, body }) =>
+      machines.migrate(params.name, body.moveId, body.uri, body.bandwidthBytesPerSecond),
+    ),
+    route('POST', path('migration-wait'), waitMigration, ({ params, body, signal }) =>
+      machines.waitMigration(params.name, body.statuses, body.timeoutMs, signal),
+    ),
+    route('POST', path('migrate-continue'), ofMove, ({ params, body }) =>
+      machines.migrateContinue(params.name, body.moveId),
+    ),
+    route('POST', path('revive'), ofMove, ({ params, body }) => machines.revive(params.name, body.moveId)),
+    route('POST', path('running-wait'), wait, async ({ params, body, signal }) => ({
+      running: await machines.waitRunning(params.name, body.timeoutMs, signal),
+    })),
+    route('POST', path('depart'), ofMove, ({ params, body }) => machines.depart(params.name, body.moveId)),
+    route('POST', path('discard'), ofMove, ({ params, body }) => machines.discard(params.name, body.moveId)),
+  ];
+}
+
+/** Answers with {} whatever the step resolved to. */
+async function done(step: Promise<unknown>): Promise<object> {
+  await step;
+  return {};
+}

@@ -1,0 +1,229 @@
+/**
+ * A blockferry daemon: volumes, machines, the link address and the control socket, put together. `serve` and `proxy` are daemons of
+ * one volume, `host` is one of many.
+ *
+ * What a stop does: the machines this daemon started end first, because their disks go with it (see Machines.stopAll); then the
+ * control socket, the link and the volumes are closed, each volume made durable. Nothing is adopted at the next start: a machine
+ * whose process outlived a killed daemon is shown as `unmanaged` until that process ends.
+ */
+
+import { existsSync, mkdirSync, readdirSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Logger } from 'pino';
+import { BlockferryError, messageOf } from '../errors.js';
+import type { MachineDefinition } from '../hypervisor/driver.js';
+import { VERSION } from '../version.js';
+import type { DaemonView, StatusView } from './control/api.js';
+import { controlRoutes } from './control/routes.js';
+import { ControlServer } from './control/server.js';
+import { isAlive } from './control/socket.js';
+import { Machines } from './machines.js';
+import type { OpenMode } from './open.js';
+import { type DaemonParts, type ExportListener, ExportTable } from './parts.js';
+import { DaemonRecord } from './record.js';
+import { bringRetiredBack } from './retired.js';
+import { Volumes } from './volumes.js';
+
+export interface DaemonOptions {
+  kind: DaemonView['kind'];
+  name: string;
+  stateDir: string;
+  /** Path of the control socket. */
+  control: string;
+  /** ADDR at which other hosts read; null: nowhere. */
+  link: string | null;
+  /** Folder for images of volumes that arrive; null: none may arrive. */
+  images: string | null;
+  /** Folders that must be there before anything is served, for this user only. */
+  folders: readonly string[];
+  /** Folder of the machines' own folders. */
+  machinesDir: string;
+  /** Where the guest face of a volume is served. */
+  guestAddresses: (volume: string) => readonly string[];
+  /** The unix socket among them that machines use. */
+  diskSocket: (volume: string) => string;
+  migrationAddress: string;
+  stopTimeoutMs: number;
+  volumes: readonly { name: string; image: string; mode: OpenMode }[];
+  vms: readonly { definition: MachineDefinition; autostart: boolean }[];
+  /** A volume that cannot be opened is shown with its error; false: it fails the start. */
+  toleratesBadVolumes: boolean;
+  parts: DaemonParts;
+  log: Logger;
+}
+
+/** Volumes opened at the same time when a daemon starts. */
+const OPENING_MAX = 8;
+
+export class Daemon {
+  private readonly startedAt = new Date().toISOString();
+  private control: ControlServer | null = null;
+  private stopping: Promise<void> | null = null;
+
+  private constructor(
+    private readonly options: DaemonOptions,
+    private readonly link: { table: ExportTable; listener: ExportListener } | null,
+    readonly volumes: Volumes,
+    readonly machines: Machines,
+    private readonly record: DaemonRecord,
+  ) {}
+
+  /** Resolves when everything that can be served is served. Fails with what makes the whole daemon impossible. */
+  static async start(options: DaemonOptions): Promise<Daemon> {
+    const { stateDir, log, parts, images, guestAddresses, diskSocket, migrationAddress, machinesDir } =
+      options;
+    const record = DaemonRecord.open(stateDir, options.name);
+    makeFolders(options.folders);
+    const link = await openLink(options);
+    const { openVolume, listen, hypervisor } = parts;
+    const volumes = new Volumes({ stateDir, images, guestAddresses, link, openVolume, listen, record, log });
+    const hasLeftover = (machine: string): Promise<boolean> => leftoverIn(machinesDir, machine);
+    const machines = new Machines({
+      volumes,
+      hypervisor,
+      diskSocket,
+      hasLeftover,
+      migrationAddress,
+      record,
+      log,
+    });
+    const daemon = new Daemon(options, link, volumes, machines, record);
+    try {
+      // First of all: a second daemon of this name must fail before it touches a volume.
+      const routes = controlRoutes({ status: () => daemon.status(), volumes, machines });
+      daemon.control = await ControlServer.listen(options.control, routes, log);
+      await daemon.openVolumes();
+      await daemon.startMachines();
+    } catch (error) {
+      await daemon.stop(AbortSignal.abort());
+      throw error;
+    }
+    return daemon;
+  }
+
+  async status(): Promise<StatusView> {
+    const { kind, name, log } = this.options;
+    let images: DaemonView['images'] = null;
+    try {
+      images = this.volumes.imagesSpace();
+    } catch (error) {
+      log.error({ err: error }, 'folder for images');
+    }
+    return {
+      daemon: {
+        name,
+        kind,
+        version: VERSION,
+        pid: process.pid,
+        startedAt: this.startedAt,
+        images,
+        linkUri: this.link?.listener.addresses()[0] ?? null,
+      },
+      volumes: this.volumes.views(),
+      vms: await this.machines.views(),
+    };
+  }
+
+  /** Ends machines, sessions and volumes, in this order. `hurry` ends the guests' time to power off. Repeatable. */
+  stop(hurry: AbortSignal): Promise<void> {
+    this.stopping ??= this.close(hurry);
+    return this.stopping;
+  }
+
+  private async close(hurry: AbortSignal): Promise<void> {
+    const failures: unknown[] = [];
+    const attempt = async (what: string, step: Promise<void> | undefined): Promise<void> => {
+      try {
+        await step;
+      } catch (error) {
+        this.options.log.error({ err: error }, `stopping: ${what}`);
+        failures.push(error);
+      }
+    };
+    await attempt('machines', this.machines.stopAll(this.options.stopTimeoutMs, hurry));
+    await attempt('control socket', this.control?.close());
+    await attempt('link', this.link?.listener.close());
+    await attempt('volumes', this.volumes.close());
+    if (failures.length > 0) throw failures[0];
+  }
+
+  private async openVolumes(): Promise<void> {
+    const { kind, stateDir, volumes, toleratesBadVolumes } = this.options;
+    const came = new Map(this.record.volumes());
+    // State of an earlier run counts more than the configuration: the volume may have left, or come back to another image.
+    const names = new Set([...volumes.map((volume) => volume.name), ...came.keys()]);
+    for (const name of names) bringRetiredBack(stateDir, name);
+    const all: { name: string; image: string; mode: OpenMode }[] = volumes.map(({ name, image, mode }) =>
+      kind === 'host' && hasState(stateDir, name)
+        ? { name, image: came.get(name) ?? image, mode: { kind: 'resume' } }
+        : { name, image, mode },
+    );
+    for (const [name, image] of came) {
+      const configured = volumes.some((volume) => volume.name === name);
+      if (!configured && hasState(stateDir, name)) all.push({ name, image, mode: { kind: 'resume' } });
+    }
+    const queue = all.values();
+    const worker = async (): Promise<void> => {
+      for (const { name, image, mode } of queue)
+        await this.volumes.open(name, image, mode, toleratesBadVolumes);
+    };
+    await Promise.all(Array.from({ length: Math.min(OPENING_MAX, all.length) }, worker));
+  }
+
+  private async startMachines(): Promise<void> {
+    const { vms, log } = this.options;
+    for (const { definition } of vms) this.machines.define(definition);
+    this.machines.restore();
+    for (const { definition, autostart } of vms) {
+      if (!autostart) continue;
+      try {
+        await this.machines.start(definition.name);
+      } catch (error) {
+        // Shown in status; the other machines are none the worse for it.
+        log.error({ vm: definition.name }, `machine not started: ${messageOf(error)}`);
+      }
+    }
+  }
+}
+
+function hasState(stateDir: string, volume: string): boolean {
+  return existsSync(join(stateDir, volume, 'volume.json'));
+}
+
+function makeFolders(folders: readonly string[]): void {
+  for (const folder of folders) {
+    try {
+      mkdirSync(folder, { recursive: true, mode: 0o700 });
+    } catch (error) {
+      throw new BlockferryError('address', `cannot make the folder ${folder}: ${messageOf(error)}`, {
+        cause: error,
+      });
+    }
+  }
+}
+
+async function openLink(
+  options: DaemonOptions,
+): Promise<{ table: ExportTable; listener: ExportListener } | null> {
+  if (options.link === null) return null;
+  const table = new ExportTable();
+  return { table, listener: await options.parts.listen([options.link], table, options.log) };
+}
+
+/** The driver gives every process a folder NAME-XXXXXX with its QMP socket: one that answers is alive. */
+async function leftoverIn(machinesDir: string, machine: string): Promise<boolean> {
+  let folders: string[];
+  try {
+    folders = readdirSync(machinesDir);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return false;
+    throw new BlockferryError('hypervisor', `cannot look into ${machinesDir}: ${messageOf(error)}`, {
+      cause: error,
+    });
+  }
+  const mine = folders.filter(
+    (folder) => folder.startsWith(`${machine}-`) && folder.length === machine.length + 7,
+  );
+  const alive = await Promise.all(mine.map((folder) => isAlive(join(machinesDir, folder, 'qmp.sock'))));
+  return alive.includes(true);
+}

@@ -1,0 +1,145 @@
+/**
+ * Other people's NBD servers, each on a unix socket in a directory of its own. They die with the test, and are stopped by
+ * their process id.
+ */
+
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
+import { readFileSync } from 'node:fs';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import net from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { formatNbdUri } from '../../src/nbd/uri.js';
+
+export interface PeerServer {
+  /** The default export. */
+  readonly uri: string;
+  readonly directory: string;
+  uriOf(exportName: string): string;
+  stop(): Promise<void>;
+}
+
+/** False, or why a test that needs these programs is skipped. */
+export function lacking(...programs: string[]): string | false {
+  const missing = programs.filter((program) => spawnSync('which', [program]).status !== 0);
+  return missing.length > 0 && `not installed: ${missing.join(', ')}`;
+}
+
+/** Starts a server that stays in the foreground; `command` says how, given its directory and socket. */
+export async function startPeer(
+  command: (directory: string, socket: string) => Promise<string[]> | string[],
+): Promise<PeerServer> {
+  const directory = await mkdtemp(join(tmpdir(), 'blockferry-peer-'));
+  const path = join(directory, 'nbd.sock');
+  const server = new Program(await command(directory, path));
+  const stop = async () => {
+    await server.stop();
+    await rm(directory, { recursive: true, force: true });
+  };
+  if (!(await server.listensOn(path))) {
+    await stop();
+    throw new Error(`${server.words.join(' ')} does not listen: ${server.errors}`);
+  }
+  return { ...addressed(path), directory, stop };
+}
+
+/**
+ * nbd-server with exports of the given names, all of one image. In the foreground it serves a single client and ends, so there
+ * is one for each connection, behind a relay.
+ */
+export async function startNbdServer(
+  image: (directory: string) => Promise<string>,
+  names: readonly string[],
+): Promise<PeerServer> {
+  const directory = await mkdtemp(join(tmpdir(), 'blockferry-peer-'));
+  const path = join(directory, 'nbd.sock');
+  const file = await image(directory);
+  const sections = names.map(
+    (name) => `[${name}]\nexportname = ${file}\nflush = true\nfua = true\ntrim = true\n`,
+  );
+  const programs: Program[] = [];
+  const sockets: net.Socket[] = [];
+
+  const relay = async (client: net.Socket) => {
+    const inner = join(directory, `${programs.length}.sock`);
+    const config = join(directory, `${programs.length}.conf`);
+    const program = new Program(['nbd-server', '-d', '-C', config], false);
+    programs.push(program);
+    await writeFile(config, `[generic]\nunixsock = ${inner}\nallowlist = true\n${sections.join('')}`);
+    program.start();
+    if (!(await program.listensOn(inner))) throw new Error(`nbd-server does not listen: ${program.errors}`);
+    const server = net.connect({ path: inner });
+    sockets.push(client, server);
+    for (const [from, to] of [
+      [client, server],
+      [server, client],
+    ] as const) {
+      from.pipe(to);
+      from.on('error', () => to.destroy());
+      from.on('close', () => to.destroySoon());
+    }
+  };
+  const listener = net.createServer({ allowHalfOpen: true }, (client) => {
+    relay(client).catch((error: unknown) => client.destroy(error as Error));
+  });
+  await new Promise<void>((resolve) => listener.listen(path, resolve));
+  const stop = async () => {
+    const closed = new Promise((resolve) => listener.close(resolve));
+    for (const socket of sockets) socket.destroy();
+    await Promise.all(programs.map((program) => program.stop()));
+    await closed;
+    await rm(directory, { recursive: true, force: true });
+  };
+  return { ...addressed(path), directory, stop };
+}
+
+function addressed(path: string): Pick<PeerServer, 'uri' | 'uriOf'> {
+  const uriOf = (exportName: string) => formatNbdUri({ address: { kind: 'unix', path }, exportName });
+  return { uri: uriOf(''), uriOf };
+}
+
+class Program {
+  #child: ChildProcess | null = null;
+  #ended: Promise<void> = Promise.resolve();
+  errors = '';
+
+  constructor(
+    readonly words: readonly string[],
+    start = true,
+  ) {
+    if (start) this.start();
+  }
+
+  start(): void {
+    const child = spawn('setpriv', ['--pdeathsig', 'KILL', '--', ...this.words], {
+      stdio: ['ignore', 'ignore', 'pipe'],
+    });
+    child.stderr.on('data', (bytes: Buffer) => {
+      this.errors += bytes;
+    });
+    this.#ended = new Promise((resolve) => child.once('exit', () => resolve()));
+    this.#child = child;
+  }
+
+  async stop(): Promise<void> {
+    this.#child?.kill('SIGKILL');
+    await this.#ended;
+  }
+
+  /** Waits until the socket is listened on, without connecting: some servers serve a single client. */
+  async listensOn(path: string): Promise<boolean> {
+    const deadline = performance.now() + 10_000;
+    while (performance.now() < deadline && this.#child?.exitCode === null) {
+      if (isListening(path)) return true;
+      await new Promise((resolve) => setTimeout(resolve, 5));
+    }
+    return false;
+  }
+}
+
+/** Columns of /proc/net/unix: address, references, protocol, flags (0x10000: listening), type, state, inode, path. */
+function isListening(path: string): boolean {
+  return readFileSync('/proc/net/unix', 'latin1')
+    .split('\n')
+    .some((line) => line.endsWith(` ${path}`) && line.split(/\s+/)[3] === '00010000');
+}
