@@ -148,9 +148,18 @@ export class Machines {
     entry.moveId = moveId;
   }
 
+  /** The move is over here. A guest that stands still in the middle of it would be forgotten: refused. */
   async release(name: string, moveId: string): Promise<void> {
     const entry = this.entries.get(name);
-    if (entry?.moveId === moveId) entry.moveId = null;
+    if (entry?.moveId !== moveId) return;
+    const { machine, sent } = entry;
+    if (machine && sent && UNDER_WAY.has((await machine.queryMigrate()).status)) {
+      throw new BlockferryError(
+        'phase',
+        `machine "${name}" is still on its way: revive it, or let it arrive`,
+      );
+    }
+    entry.moveId = null;
   }
 
   /** Destination: starts a process that waits for the source's. Repeated for the same move it answers with the one there is. */
