@@ -18,7 +18,8 @@ import type { BlockDevice } from '../../src/nbd/device.js';
 import type { ExportEntry } from '../../src/nbd/server/exports.js';
 import { Listener } from '../../src/nbd/server/listener.js';
 import { type Session, startSession } from '../../src/nbd/server/session.js';
-import { Link, type LinkOptions, type LinkTiming } from '../../src/relocation/link.js';
+import { Link, type LinkOptions } from '../../src/relocation/link.js';
+import type { RelocationTiming } from '../../src/relocation/relocation.js';
 import { type Call, MemoryDevice } from '../fakes/memory-device.js';
 
 export const KIB = 1024;
@@ -116,7 +117,15 @@ export class Lab {
     };
     const name = settings.name ?? this.name('disk');
     const image = settings.image ?? join(this.dir, `${name}.img`);
-    const service = await openVolumeService({ stateDir: join(this.dir, 'state'), name, image, mode, log });
+    const timing = { ...QUICK, ...settings.timing };
+    const service = await openVolumeService({
+      stateDir: join(this.dir, 'state'),
+      name,
+      image,
+      mode,
+      log,
+      timing,
+    });
     const proxy = new Ferry(this, name, image, service);
     await proxy.listen(join(this.dir, this.name('proxy')));
     this.onClose(() => proxy.close());
@@ -129,7 +138,12 @@ function factsOf({ device, description }: Source): { size: number; description: 
 }
 
 /** Impatience that suits a test. */
-export const QUICK: Partial<LinkTiming> = { backoffMsMin: 5, backoffMsMax: 20, spareBackoffMs: 50 };
+export const QUICK: Partial<RelocationTiming> = {
+  backoffMsMin: 5,
+  backoffMsMax: 20,
+  spareBackoffMs: 50,
+  retryAfterErrorMs: 50,
+};
 
 export interface ProxyOptions {
   name?: string;
@@ -140,6 +154,7 @@ export interface ProxyOptions {
   background?: boolean;
   rateBytesPerSecond?: number | null;
   sourceTimeoutMs?: number | null;
+  timing?: Partial<RelocationTiming>;
 }
 
 /** Serves one device, counts its connections, and can break them. */
