@@ -14,6 +14,7 @@ import pino from 'pino';
 import { type OpenMode, openVolumeService } from '../../src/host/open.js';
 import type { VolumeService } from '../../src/host/service.js';
 import { NbdClient } from '../../src/nbd/client/client.js';
+import { Allocation } from '../../src/nbd/constants.js';
 import type { BlockDevice } from '../../src/nbd/device.js';
 import type { ExportEntry } from '../../src/nbd/server/exports.js';
 import { Listener } from '../../src/nbd/server/listener.js';
@@ -102,6 +103,21 @@ export class Lab {
     const link = new Link({ uri, known, sourceTimeoutMs: null, log, timing: QUICK, ...options });
     this.onClose(() => link.close());
     return link;
+  }
+
+  /** As the destination of a move: standby, until the test takes over. */
+  arrive(source: Source, options: ProxyOptions = {}): Promise<Ferry> {
+    return this.proxy(source, {
+      ...options,
+      mode: {
+        kind: 'arrive',
+        sourceUri: source.uri,
+        volumeId: '6f1c2f6a-0000-4000-8000-000000000001',
+        generation: 1,
+        size: source.device.size,
+        rateBytesPerSecond: options.rateBytesPerSecond ?? null,
+      },
+    });
   }
 
   async proxy(source: Source | string, options: ProxyOptions = {}): Promise<Ferry> {
@@ -283,6 +299,21 @@ export class Source extends Server {
   release(): void {
     this.device.manner = () => 'now';
     this.device.completeHeld();
+  }
+
+  /** `base:allocation` tells runs of zeros, as they are when it is asked, in pieces of `grain` bytes. */
+  tellZeroes(grain = BLOCK): void {
+    const zeroes = Buffer.alloc(grain);
+    this.device.extents = (_context, { offset, length }) => {
+      const extents: [number, number][] = [];
+      for (let at = offset; at < offset + length; ) {
+        const past = Math.min(offset + length, at - (at % grain) + grain);
+        const isZero = this.device.data.compare(zeroes, 0, past - at, at, past) === 0;
+        extents.push([past - at, isZero ? Allocation.HOLE | Allocation.ZERO : 0]);
+        at = past;
+      }
+      return extents;
+    };
   }
 
   /** READs that touch these blocks fail with `errno`. */
