@@ -3,7 +3,7 @@ import type { Logger } from 'pino';
 import { BlockferryError } from '../errors.js';
 import type { BlockDevice } from '../nbd/device.js';
 import { describeVolume, probeSource } from '../relocation/link.js';
-import { Relocation } from '../relocation/relocation.js';
+import { Relocation, type RelocationTiming } from '../relocation/relocation.js';
 import { GuestDevice, LinkDevice } from '../volume/faces.js';
 import { createProxied, openPlain, reopen } from '../volume/open.js';
 import type { RetreatProof, Volume } from '../volume/volume.js';
@@ -36,20 +36,21 @@ export interface OpenVolumeOptions {
   image?: string;
   mode: OpenMode;
   log: Logger;
+  timing?: Partial<RelocationTiming>;
 }
 
 const DEFAULTS: RelocationSettings = { background: true, rateBytesPerSecond: null, sourceTimeoutMs: null };
 
 /** Throws what volume/open.ts and NbdClient.connect throw. */
 export async function openVolumeService(options: OpenVolumeOptions): Promise<VolumeService> {
-  const { mode, log } = options;
+  const { mode, log, timing = {} } = options;
   const volume = await openVolume(options);
   try {
     const settings = mode.kind === 'proxy' ? mode : DEFAULTS;
     const limited =
       mode.kind === 'arrive' ? { ...settings, rateBytesPerSecond: mode.rateBytesPerSecond } : settings;
     const { source } = volume.identity.current;
-    const relocation = source === null ? null : new Relocation(volume, { ...limited, log });
+    const relocation = source === null ? null : new Relocation(volume, { ...limited, log, timing });
     return new RunningVolume(volume, relocation);
   } catch (error) {
     await volume.close().catch(() => undefined);

@@ -77,10 +77,14 @@ export class Fetcher implements Supplier {
   }
 
   readThrough(request: IoRequest): void {
-    this.#passThrough(request).then(
-      (errno) => request.complete(errno),
-      (error) => request.complete(errnoOf(error)),
-    );
+    void this.#passThrough(request).then((errno) => {
+      const { presence } = this.#store;
+      const past = blocksOf(request.offset + request.length);
+      const local = presence === null || presence.hasAll(blockAt(request.offset), past);
+      // The link may have closed under it because all blocks came otherwise: they are here.
+      if (errno !== Errno.OK && local) this.#store.read(request);
+      else request.complete(errno);
+    });
   }
 
   /** Local blocks from the image, the others from the source, straight into the request's buffer. */
