@@ -1,8 +1,12 @@
 import { Command } from 'commander';
-import { logLevelOption, stateDirOption } from './common.js';
+import { parseListenAddress } from '../nbd/address.js';
+import { argument, logLevelOption, stateDirOption } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
 
+const checkAddress = argument(parseListenAddress);
+
 export function listenOption(address: string, before: string[]): string[] {
+  checkAddress(address);
   return [...before, address];
 }
 
