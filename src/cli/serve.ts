@@ -1,12 +1,18 @@
 import { Command, Option } from 'commander';
-import { logLevelOption, stateDirOption } from './common.js';
+import { parseListenAddress } from '../nbd/address.js';
+import { argument, logLevelOption, stateDirOption } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
+
+const checkAddress = argument(parseListenAddress);
 
 export function listenOption(): Option {
   return new Option(
     '--listen <addr>',
     'unix:PATH, HOST:PORT, [V6]:PORT, fd:N or stdio; may be repeated (default: 127.0.0.1:10809, or the sockets of socket activation)',
-  ).argParser((address: string, before: string[] | undefined) => [...(before ?? []), address]);
+  ).argParser((address: string, before: string[] | undefined) => {
+    checkAddress(address);
+    return [...(before ?? []), address];
+  });
 }
 
 export function serveCommand(): Command {

@@ -126,7 +126,7 @@ export class Machines {
     });
   }
 
-  /** Ends a machine's process; with 'powerdown' the guest is asked first, where the driver can, and has `timeoutMs`. */
+  /** Ends a machine's process; with 'powerdown' the guest is asked first and has `timeoutMs`. */
   async stop(name: string, mode: 'powerdown' | 'quit', timeoutMs: number): Promise<MachineView> {
     await this.queue.run(name, async () => {
       const { machine } = this.entry(name);
@@ -404,7 +404,7 @@ export class Machines {
   }
 
   /**
-   * Ends every machine, as the daemon must before it takes their disks away. Guests are asked to power off where the driver can and
+   * Ends every machine, as the daemon must before it takes their disks away. Guests are asked to power off and
    * have `timeoutMs`; then they are paused, which flushes their disks, and end as by a power cut. `hurry` ends the waiting.
    */
   async stopAll(timeoutMs: number, hurry: AbortSignal): Promise<void> {

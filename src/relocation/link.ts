@@ -5,25 +5,46 @@
  *   queues behind bulk ones on the wire. With one connection both share it.
  * - Losing a connection is normal: it is made again with back-off, the source is checked again, and what was pending is sent
  *   again. A read waits for as long as that takes, or until the source timeout.
+ * - A source that shuts down in order is as lost as one that dies: its ESHUTDOWN is no I/O error.
  * - A source that is not the disk it was (size, or volume and generation where it tells them) is not read from, ever.
+ * - Requests and bytes in flight are bounded for each lane; what is more waits in order of arrival.
  */
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
-import { type Extent, NbdClient } from '../nbd/client/client.js';
-import { BASE_ALLOCATION, TransmissionFlag } from '../nbd/constants.js';
+import { type Extent, NbdClient, NbdReplyError } from '../nbd/client/client.js';
+import { BASE_ALLOCATION, Errno, TransmissionFlag } from '../nbd/constants.js';
+import { Budget } from './budget.js';
+import { allocationFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
 
 export type Lane = 'demand' | 'bulk';
 export type LinkState = 'connecting' | 'connected' | 'lost' | 'mismatch';
 
 /** Connections to a source that allows more than one. The first is for demand. */
 const CONNECTIONS = 3;
-const BACKOFF_MS_MIN = 100;
-const BACKOFF_MS_MAX = 5_000;
-/** A spare connection that the source does not give us is asked for again only so often. */
-const SPARE_BACKOFF_MS = 30_000;
-/** A request unanswered for so long means that the connection is dead, though nobody said so. */
-const REQUEST_TIMEOUT_MS = 30_000;
-const CONNECT_TIMEOUT_MS = 10_000;
+/** Requests and bytes in flight, at most, in each lane: what a fast link carries in a long round trip. */
+const LANE_REQUESTS_MAX = 1024;
+const LANE_BYTES_MAX = 32 << 20;
+/** A source timeout shorter than this does not shorten `requestTimeoutMs` any further: a slow disk is not a lost one. */
+const REQUEST_TIMEOUT_MS_MIN = 1_000;
+
+export interface LinkTiming {
+  /** Between attempts to connect, doubled from one to the next. */
+  readonly backoffMsMin: number;
+  readonly backoffMsMax: number;
+  /** A spare connection that the source does not give us is asked for again only so often. */
+  readonly spareBackoffMs: number;
+  readonly connectTimeoutMs: number;
+  /** A request unanswered for so long means that the connection is dead, though nobody said so. */
+  readonly requestTimeoutMs: number;
+}
+
+export const LINK_TIMING: LinkTiming = {
+  backoffMsMin: 100,
+  backoffMsMax: 5_000,
+  spareBackoffMs: 30_000,
+  connectTimeoutMs: 10_000,
+  requestTimeoutMs: 30_000,
+};
 
 /** What a source says of itself. */
 export interface SourceFacts {
@@ -53,11 +74,13 @@ export function whyNotTheSame(
   return `it was '${known.description}' and is '${now.description}' now`;
 }
 
-/** Asks a source once what it is. Throws what NbdClient.connect does. */
+/** Asks a source once what it is. Throws what NbdClient.connect does, and 'source-mismatch' for what cannot be a source. */
 export async function probeSource(uri: string): Promise<SourceFacts> {
-  const client = await NbdClient.connect(uri, { connectTimeoutMs: CONNECT_TIMEOUT_MS });
+  const client = await NbdClient.connect(uri, { connectTimeoutMs: LINK_TIMING.connectTimeoutMs });
   const { size, description } = client.info;
+  const why = whyNotReadable(client.info);
   await client.close();
+  if (why !== undefined) throw new BlockferryError('source-mismatch', `${uri} cannot be a source: ${why}`);
   return { size, description };
 }
 
@@ -67,6 +90,13 @@ export interface LinkOptions {
   /** How long a read waits for a lost source before it fails; null: for ever. */
   sourceTimeoutMs: number | null;
   log: Logger;
+  timing?: Partial<LinkTiming>;
+}
+
+interface Waiting {
+  readonly lane: Lane;
+  readonly resolve: (client: NbdClient) => void;
+  readonly reject: (error: BlockferryError) => void;
 }
 
 export class Link {
@@ -74,7 +104,14 @@ export class Link {
   #error: string | null = null;
   #closed = false;
   readonly #clients: (NbdClient | null)[] = [];
-  #waiting: { resolve: (client: NbdClient) => void; reject: (error: BlockferryError) => void }[] = [];
+  readonly #budgets = {
+    demand: new Budget(LANE_REQUESTS_MAX, LANE_BYTES_MAX),
+    bulk: new Budget(LANE_REQUESTS_MAX, LANE_BYTES_MAX),
+  };
+  readonly #timing: LinkTiming;
+  /** Every connection that is not over yet, whether it is used any more or not. */
+  readonly #alive = new Set<NbdClient>();
+  #waiting: Waiting[] = [];
   #turn = 0;
   #timeout: NodeJS.Timeout | undefined;
   #overdue: BlockferryError | null = null;
@@ -82,6 +119,9 @@ export class Link {
   readonly #loops: Promise<void>[] = [];
 
   constructor(private readonly options: LinkOptions) {
+    const timing = { ...LINK_TIMING, ...options.timing };
+    const patienceMs = Math.max(REQUEST_TIMEOUT_MS_MIN, options.sourceTimeoutMs ?? Number.POSITIVE_INFINITY);
+    this.#timing = { ...timing, requestTimeoutMs: Math.min(timing.requestTimeoutMs, patienceMs) };
     this.#lost();
     this.#open(0);
   }
@@ -109,26 +149,26 @@ export class Link {
    * error, 'source-unreachable' after the source timeout, 'closed' when the link is closed.
    */
   async read(lane: Lane, offset: number, length: number, buffer: Buffer, at: number): Promise<void> {
-    for (;;) {
-      const client = this.#pick(lane) ?? (await this.#connected());
+    for (let lostAtMs: number | null = null; ; ) {
+      const client = this.#pick(lane) ?? (await this.#connected(lane));
       try {
-        await client.read(offset, length, buffer, at);
-        return;
+        return await readFrom(client, this.#budgets[lane], offset, length, buffer, at);
       } catch (error) {
         this.#rethrowFinal(error, client);
+        lostAtMs = this.#patientSince(lostAtMs);
       }
     }
   }
 
-  /** What the source says is allocated from `offset` on: extents that cover at least one byte; null if it does not tell. */
+  /** What the source says is allocated from `offset` on, as far as it told; null if it does not tell. Rejects as `read` does. */
   async allocation(offset: number, length: number): Promise<Extent[] | null> {
-    for (;;) {
-      const client = this.#pick('bulk') ?? (await this.#connected());
-      if (!client.info.contexts.has(BASE_ALLOCATION)) return null;
+    for (let lostAtMs: number | null = null; ; ) {
+      const client = this.#pick('bulk') ?? (await this.#connected('bulk'));
       try {
-        return await client.blockStatus(BASE_ALLOCATION, offset, length);
+        return await allocationFrom(client, offset, length);
       } catch (error) {
         this.#rethrowFinal(error, client);
+        lostAtMs = this.#patientSince(lostAtMs);
       }
     }
   }
@@ -136,12 +176,25 @@ export class Link {
   /** Returns if the request is worth sending again over another connection. */
   #rethrowFinal(error: unknown, client: NbdClient): void {
     if (this.#closed) throw closedError();
-    const code = error instanceof BlockferryError ? error.code : undefined;
-    if (code !== 'closed' && code !== 'protocol' && code !== 'timeout') throw error;
+    if (!isLoss(error) && !isShutdown(error)) throw error;
     // Its own loop notices too, but maybe later than the next pick.
     const index = this.#clients.indexOf(client);
     if (index !== -1) this.#clients[index] = null;
     if (this.#clients.every((other) => other === null)) this.#lost();
+  }
+
+  /** When a request was lost first. Throws if that is too long ago: a source may accept connections and yet answer nothing. */
+  #patientSince(lostAtMs: number | null): number {
+    const nowMs = performance.now();
+    const { sourceTimeoutMs } = this.options;
+    const since = lostAtMs ?? nowMs;
+    if (sourceTimeoutMs !== null && nowMs - since >= sourceTimeoutMs) throw this.#unreachable();
+    return since;
+  }
+
+  #unreachable(): BlockferryError {
+    const { uri, sourceTimeoutMs } = this.options;
+    return new BlockferryError('source-unreachable', `source ${uri} gave no answer in ${sourceTimeoutMs} ms`);
   }
 
   #pick(lane: Lane): NbdClient | null {
@@ -155,10 +208,10 @@ export class Link {
     return this.#clients[0] ?? null;
   }
 
-  #connected(): Promise<NbdClient> {
+  #connected(lane: Lane): Promise<NbdClient> {
     if (this.#closed) return Promise.reject(closedError());
     if (this.#overdue !== null) return Promise.reject(this.#overdue);
-    return new Promise((resolve, reject) => this.#waiting.push({ resolve, reject }));
+    return new Promise((resolve, reject) => this.#waiting.push({ lane, resolve, reject }));
   }
 
   #open(index: number): void {
@@ -168,32 +221,35 @@ export class Link {
 
   /** Keeps one connection alive until the link is closed. */
   async #run(index: number): Promise<void> {
-    let backoffMs = BACKOFF_MS_MIN;
+    const { backoffMsMin, backoffMsMax, spareBackoffMs } = this.#timing;
+    let backoffMs = backoffMsMin;
     while (!this.#closed) {
       try {
         const client = await this.#connect();
-        backoffMs = BACKOFF_MS_MIN;
+        backoffMs = backoffMsMin;
         this.#use(index, client);
         const why = await client.closed;
         this.#drop(index, client, why);
       } catch (error) {
         this.#refused(index, error);
-        if (index > 0 && this.#clients[0]) backoffMs = SPARE_BACKOFF_MS;
+        if (index > 0 && this.#clients[0]) backoffMs = spareBackoffMs;
       }
       if (!this.#closed) await this.#pauseFor(backoffMs * (0.75 + Math.random() / 2));
-      backoffMs = Math.min(backoffMs * 2, BACKOFF_MS_MAX);
+      backoffMs = Math.min(backoffMs * 2, backoffMsMax);
     }
   }
 
   async #connect(): Promise<NbdClient> {
     const { uri, known } = this.options;
+    const { connectTimeoutMs, requestTimeoutMs } = this.#timing;
     const client = await NbdClient.connect(uri, {
       contexts: [BASE_ALLOCATION],
-      connectTimeoutMs: CONNECT_TIMEOUT_MS,
-      requestTimeoutMs: REQUEST_TIMEOUT_MS,
+      connectTimeoutMs,
+      handshakeTimeoutMs: connectTimeoutMs,
+      requestTimeoutMs,
       signal: this.#abort.signal,
     });
-    const why = whyNotTheSame(known, client.info);
+    const why = whyNotTheSame(known, client.info) ?? whyNotReadable(client.info);
     if (why === undefined) return client;
     client.destroy();
     throw new BlockferryError('source-mismatch', `${uri} is not the source any more: ${why}`);
@@ -205,6 +261,7 @@ export class Link {
       return;
     }
     this.#clients[index] = client;
+    this.#alive.add(client);
     if (this.#state !== 'connected') this.options.log.info({ source: this.uri }, 'source connected');
     this.#state = 'connected';
     this.#error = null;
@@ -212,7 +269,9 @@ export class Link {
     clearTimeout(this.#timeout);
     const waiting = this.#waiting;
     this.#waiting = [];
-    for (const { resolve } of waiting) resolve(client);
+    // The guest's reads are sent again before the copy's.
+    for (const { lane, resolve } of waiting) if (lane === 'demand') resolve(client);
+    for (const { lane, resolve } of waiting) if (lane === 'bulk') resolve(client);
     const several = (client.info.flags & TransmissionFlag.CAN_MULTI_CONN) !== 0;
     if (index === 0 && several) {
       for (let spare = this.#clients.length; spare < CONNECTIONS; spare++) this.#open(spare);
@@ -220,6 +279,7 @@ export class Link {
   }
 
   #drop(index: number, client: NbdClient, why: BlockferryError | null): void {
+    this.#alive.delete(client);
     if (this.#clients[index] === client) this.#clients[index] = null;
     if (this.#closed) return;
     this.#error = why === null ? 'the source closed the connection' : why.message;
@@ -250,10 +310,7 @@ export class Link {
     if (sourceTimeoutMs === null) return;
     clearTimeout(this.#timeout);
     this.#timeout = setTimeout(() => {
-      this.#overdue = new BlockferryError(
-        'source-unreachable',
-        `source ${this.uri} did not come back in ${sourceTimeoutMs} ms`,
-      );
+      this.#overdue = this.#unreachable();
       const waiting = this.#waiting;
       this.#waiting = [];
       for (const { reject } of waiting) reject(this.#overdue);
@@ -274,7 +331,7 @@ export class Link {
     });
   }
 
-  /** Lets go of the source. Pending reads reject with 'closed'. */
+  /** Lets go of the source, in order if nothing is in flight. Pending reads reject with 'closed', at once. */
   async close(): Promise<void> {
     this.#closed = true;
     clearTimeout(this.#timeout);
@@ -282,9 +339,17 @@ export class Link {
     const waiting = this.#waiting;
     this.#waiting = [];
     for (const { reject } of waiting) reject(closedError());
-    await Promise.all(this.#clients.map((client) => client?.close()));
+    for (const client of this.#alive) {
+      if (client.inFlight > 0) client.destroy(closedError());
+      else void client.close();
+    }
     await Promise.all(this.#loops);
   }
+}
+
+function isShutdown(error: unknown): boolean {
+  const cause = error instanceof BlockferryError ? error.cause : undefined;
+  return cause instanceof NbdReplyError && cause.errno === Errno.ESHUTDOWN;
 }
 
 function closedError(): BlockferryError {

@@ -19,7 +19,7 @@ export function checkName(name: string): void {
   if (NAME.test(name)) return;
   throw new BlockferryError(
     'usage',
-    `'${name}' cannot be a volume's name: use letters, digits, '.', '_' and '-' (128 at most, not starting with '.' or '-')`,
+    `${JSON.stringify(name)} cannot be a volume's name: use letters, digits, '.', '_' and '-' (128 at most, not starting with '.' or '-')`,
   );
 }
 

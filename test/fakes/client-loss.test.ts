@@ -2,6 +2,7 @@
 
 import assert from 'node:assert/strict';
 import { describe, it } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
 import { BlockferryError } from '../../src/errors.js';
 import { NbdReplyError } from '../../src/nbd/client/client.js';
 import { Command, Errno } from '../../src/nbd/constants.js';
@@ -105,6 +106,50 @@ describe('a server that goes away', () => {
           failure('closed', /did not answer READ of 8192 bytes at 4096 within 50 ms/),
         );
         assert.ok(failure('timeout')(await client.closed));
+      },
+    ));
+
+  it('but slowly: what still comes is waited for, longer than a request may be silent', () =>
+    connected(
+      { requestTimeoutMs: 150 },
+      async (peer) => {
+        const { cookie, offset } = await peer.request();
+        for (let at = 0; at < LENGTH; at += LENGTH / 16) {
+          peer.send(dataChunk(cookie, offset + at, Buffer.alloc(LENGTH / 16, at / 512)));
+          await delay(30);
+        }
+        peer.send(doneChunk(cookie));
+      },
+      async (client) => {
+        const buffer = Buffer.alloc(LENGTH);
+        const began = performance.now();
+        await client.read(OFFSET, LENGTH, buffer);
+        assert.ok(performance.now() - began > 300);
+        assert.equal(buffer[LENGTH - 1], 15);
+      },
+    ));
+
+  it('but forgets one request: it times out in the end, though others are answered', () =>
+    connected(
+      { requestTimeoutMs: 100 },
+      async (peer) => {
+        await peer.request();
+        for (;;) {
+          const { cookie } = await peer.request();
+          peer.send(doneChunk(cookie));
+        }
+      },
+      async (client) => {
+        const forgotten = client.read(OFFSET, LENGTH, Buffer.alloc(LENGTH));
+        let over = false;
+        void client.closed.then(() => {
+          over = true;
+        });
+        const others = (async () => {
+          while (!over) await client.flush().catch(() => undefined);
+        })();
+        await assert.rejects(forgotten, failure('closed', /did not answer READ .* within 1000 ms/));
+        await others;
       },
     ));
 

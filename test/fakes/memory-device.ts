@@ -17,7 +17,7 @@ export interface Call {
 export class MemoryDevice implements BlockDevice {
   readonly data: Buffer;
   readonly readOnly: boolean;
-  readonly multiConn = true;
+  readonly multiConn: boolean;
   readonly preferredBlock = 4096;
   contexts: readonly string[] = ['base:allocation', 'test:other'];
 
@@ -35,9 +35,10 @@ export class MemoryDevice implements BlockDevice {
     request,
   ) => [[request.length, 0]];
 
-  constructor(size: number, options: { readOnly?: boolean } = {}) {
+  constructor(size: number, options: { readOnly?: boolean; multiConn?: boolean } = {}) {
     this.data = Buffer.alloc(size);
     this.readOnly = options.readOnly ?? false;
+    this.multiConn = options.multiConn ?? true;
   }
 
   get size(): number {

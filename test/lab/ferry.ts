@@ -18,6 +18,7 @@ import type { BlockDevice } from '../../src/nbd/device.js';
 import type { ExportEntry } from '../../src/nbd/server/exports.js';
 import { Listener } from '../../src/nbd/server/listener.js';
 import { type Session, startSession } from '../../src/nbd/server/session.js';
+import { Link, type LinkOptions, type LinkTiming } from '../../src/relocation/link.js';
 import { type Call, MemoryDevice } from '../fakes/memory-device.js';
 
 export const KIB = 1024;
@@ -86,13 +87,20 @@ export class Lab {
 
   /** A source of `size` bytes, of `pattern` unless `data` is given. */
   async source(size: number, options: { data?: Buffer; multiConn?: boolean } = {}): Promise<Source> {
-    const device = new MemoryDevice(size);
+    const device = new MemoryDevice(size, { multiConn: options.multiConn ?? true });
     (options.data ?? pattern(size)).copy(device.data);
     const source = new Source(join(this.dir, this.name('source')), device);
-    source.multiConn = options.multiConn ?? true;
     await source.start();
     this.onClose(() => source.stop());
     return source;
+  }
+
+  link(source: Source | string, options: Partial<LinkOptions> = {}): Link {
+    const uri = typeof source === 'string' ? source : source.uri;
+    const known = typeof source === 'string' ? { size: MIB, description: null } : factsOf(source);
+    const link = new Link({ uri, known, sourceTimeoutMs: null, log, timing: QUICK, ...options });
+    this.onClose(() => link.close());
+    return link;
   }
 
   async proxy(source: Source | string, options: ProxyOptions = {}): Promise<Ferry> {
@@ -116,6 +124,13 @@ export class Lab {
   }
 }
 
+function factsOf({ device, description }: Source): { size: number; description: string | null } {
+  return { size: device.size, description: description === '' ? null : description };
+}
+
+/** Impatience that suits a test. */
+export const QUICK: Partial<LinkTiming> = { backoffMsMin: 5, backoffMsMax: 20, spareBackoffMs: 50 };
+
 export interface ProxyOptions {
   name?: string;
   image?: string;
@@ -133,7 +148,6 @@ class Server {
   readonly #sessions = new Set<Session>();
   /** Connections that finished their handshake, ever. */
   accepted = 0;
-  multiConn = true;
   description = '';
 
   constructor(readonly path: string) {}
@@ -147,10 +161,11 @@ class Server {
     return this.#sessions.size;
   }
 
-  async serve(device: () => BlockDevice): Promise<void> {
+  /** `open` gives what a connection is served, `device` what it is told of it before. */
+  async serve(device: () => BlockDevice, open = device): Promise<void> {
     const entry = (): ExportEntry => {
-      const { size, readOnly, contexts } = device();
-      const { multiConn, description } = this;
+      const { size, readOnly, contexts, multiConn } = device();
+      const { description } = this;
       return {
         name: 'disk',
         description,
@@ -159,7 +174,7 @@ class Server {
         contexts,
         preferredBlock: 4096,
         multiConn,
-        open: device,
+        open,
       };
     };
     this.#listener = await Listener.open({
@@ -196,6 +211,10 @@ class Server {
 }
 
 export class Source extends Server {
+  /** What the n-th connection (from 0) is served, in place of `device`. */
+  deviceOf: ((connection: number) => BlockDevice) | null = null;
+  #opened = 0;
+
   constructor(
     path: string,
     public device: MemoryDevice,
@@ -204,7 +223,10 @@ export class Source extends Server {
   }
 
   async start(): Promise<void> {
-    await this.serve(() => this.device);
+    await this.serve(
+      () => this.device,
+      () => this.deviceOf?.(this.#opened++) ?? this.device,
+    );
   }
 
   /** Dies: no connection, and none can be made. */

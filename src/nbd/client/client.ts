@@ -38,6 +38,10 @@ export { type Extent, NbdReplyError } from './requests.js';
 
 /** How long `close` waits for answers, and then for the server to hang up, before it cuts the connection. */
 export const CLOSE_TIMEOUT_MS = 10_000;
+/** A request that waits so many times `requestTimeoutMs` was forgotten by the server, though it answers others. */
+export const OVERTAKEN_MAX = 10;
+/** Looks for overdue requests in one `requestTimeoutMs`. */
+const SWEEPS = 8;
 const U32_MAX = 0xffffffff;
 
 export interface NbdClientOptions extends ConnectLimits {
@@ -45,7 +49,10 @@ export interface NbdClientOptions extends ConnectLimits {
   readonly contexts?: readonly string[];
   /** Fail ('source-io') rather than connect without structured replies. */
   readonly requireStructured?: boolean;
-  /** A request unanswered for so long ends the connection ('timeout'). Default: none. Exact to an eighth. */
+  /**
+   * A request unanswered for so long, while nothing else came either, ends the connection ('timeout'): many long requests on a slow
+   * connection are no fault. One request may be overtaken by others for OVERTAKEN_MAX times as long. Default: none. Exact to an eighth.
+   */
   readonly requestTimeoutMs?: number;
 }
 
@@ -86,6 +93,8 @@ export class NbdClient implements Receiver {
   #resolveClosed!: (reason: BlockferryError | null) => void;
   #drainTimer: NodeJS.Timeout | null = null;
   #sweep: NodeJS.Timeout | null = null;
+  /** Sweeps since something came. Not a time: in a process that was stopped, the answers may be there and just not read yet. */
+  #silentSweeps = 0;
 
   private constructor(connection: Connection, info: ExportInfo, requestTimeoutMs: number | undefined) {
     this.info = info;
@@ -109,7 +118,7 @@ export class NbdClient implements Receiver {
     if (requestTimeoutMs !== undefined) {
       this.#sweep = setInterval(
         () => this.#checkOverdue(requestTimeoutMs),
-        Math.max(1, requestTimeoutMs / 8),
+        Math.max(1, requestTimeoutMs / SWEEPS),
       );
       this.#sweep.unref();
     }
@@ -248,6 +257,7 @@ export class NbdClient implements Receiver {
   /** For the connection. */
   received(bytes: Buffer, length: number): void {
     if (this.#state === 'closed') return;
+    this.#silentSweeps = 0;
     try {
       this.#reader.receive(bytes, length);
     } catch (error) {
@@ -372,12 +382,16 @@ export class NbdClient implements Receiver {
   }
 
   #checkOverdue(requestTimeoutMs: number): void {
-    const late = this.#table.overdue(performance.now() - requestTimeoutMs);
+    this.#silentSweeps++;
+    const nowMs = performance.now();
+    const late = this.#table.overdue(nowMs - requestTimeoutMs);
     if (late === null) return;
+    const silent = this.#silentSweeps > SWEEPS;
+    if (!silent && nowMs - late.startedAtMs < requestTimeoutMs * OVERTAKEN_MAX) return;
     this.#over(
       new BlockferryError(
         'timeout',
-        `${this.#peer} did not answer ${late.describe()} within ${requestTimeoutMs} ms`,
+        `${this.#peer} did not answer ${late.describe()} within ${silent ? requestTimeoutMs : requestTimeoutMs * OVERTAKEN_MAX} ms`,
       ),
     );
   }

@@ -2,6 +2,7 @@
  * One proxied volume through many lives of its daemon, each ended by kill -9. What is compared, and with what, is in model.ts; here is
  * when the daemon dies.
  */
+import assert from 'node:assert/strict';
 import { mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
@@ -10,7 +11,9 @@ import { Errno } from '../../../src/nbd/constants.js';
 import { contentOf, SOURCE_TAG } from './content.js';
 import { type ChildDaemon, Died, type Spares } from './daemon.js';
 import { Guest, MIXED, type Mix } from './guest.js';
+import type { Machine } from './machine.js';
 import { DiskModel } from './model.js';
+import type { Loss } from './power.js';
 import type { Random } from './random.js';
 import { type RunningSource, Source, serveSource } from './source.js';
 
@@ -28,19 +31,26 @@ export interface VolumePlan {
   sourceErrors?: number;
   /** Longest delay of the source's answers, ms. */
   sourceDelayMsMax?: number;
-  machineCrashes?: boolean;
+  /** The daemon runs on this machine, which loses power now and then. */
+  machine?: Machine;
 }
 
-export type Moment = 'work' | 'start' | 'flush' | 'close';
+export type Moment = 'work' | 'start' | 'flush' | 'close' | 'stopped';
 
 /** Counted over a campaign. */
 export interface Tally {
   kills: number;
+  /** Kills that took the machine's power with them. */
+  powerLosses: number;
   operations: number;
   refused: number;
   /** Blocks that were local when everything was compared. */
   local: number[];
 }
+
+/** Share of the daemon's deaths that are the machine's. */
+const POWER_LOST = 0.7;
+const LOSSES: Loss[] = [0, 0.05, 0.5, 1, 1];
 
 const ZERO_EVERY_BYTES = 1 << 20;
 
@@ -50,7 +60,7 @@ export class Campaign {
   readonly socket: string;
   readonly image: string;
   readonly stateDir: string;
-  readonly tally: Tally = { kills: 0, operations: 0, refused: 0, local: [] };
+  readonly tally: Tally = { kills: 0, powerLosses: 0, operations: 0, refused: 0, local: [] };
   readonly #errors: string[] = [];
   #served!: RunningSource;
   #running: ChildDaemon | undefined;
@@ -75,12 +85,13 @@ export class Campaign {
       const kept = this.#kept; // what a dead daemon asked for may come late
       return (first, end) => this.#fetched(kept, first, end);
     };
-    this.model = new DiskModel(content, { machineCrashes: plan.machineCrashes ?? false });
+    this.model = new DiskModel(content, { machineCrashes: plan.machine !== undefined });
     this.model.keeps = !plan.standby;
     this.#kept = Uint8Array.from(this.model.local);
     this.socket = join(plan.folder, `${plan.name}.sock`);
-    this.image = join(plan.folder, `${plan.name}.img`);
-    this.stateDir = join(plan.folder, 'state');
+    const disk = plan.machine?.root ?? plan.folder;
+    this.image = join(disk, `${plan.name}.img`);
+    this.stateDir = join(disk, 'state');
   }
 
   static async begin(plan: VolumePlan, random: Random, spares: Spares): Promise<Campaign> {
@@ -106,8 +117,15 @@ export class Campaign {
   }
 
   /** From now on nothing that is local now may be fetched again. */
-  daemonDied(): void {
+  #daemonDied(child: ChildDaemon): void {
     this.tally.kills++;
+    const { machine } = this.plan;
+    machine?.daemonDied(child);
+    if (machine !== undefined && this.random.chance(POWER_LOST)) {
+      machine.losePower(this.random, this.random.pick(LOSSES));
+      this.model.machineCrashed();
+      this.tally.powerLosses++;
+    }
     this.#kept = Uint8Array.from(this.model.local);
     this.check();
   }
@@ -161,24 +179,39 @@ export class Campaign {
     guest: Guest,
     options: { answers: number; moment?: Moment; mix?: Mix },
   ): Promise<void> {
+    if (options.moment === 'stopped') return this.#stop(child, guest, options.answers);
     const over = this.#diesAt(options.moment ?? 'work', child, guest, options.answers);
     await guest.work(options.mix ?? MIXED);
     await over;
-    this.#ended(guest);
+    this.#ended(child, guest);
+  }
+
+  /** An orderly end: all that was answered is durable. */
+  async #stop(child: ChildDaemon, guest: Guest, answers: number): Promise<void> {
+    guest.onAnswer = () => {
+      if (guest.completed >= answers) guest.stop();
+    };
+    await guest.work();
+    const flush = this.model.beginFlush();
+    guest.detach();
+    await child.stop();
+    assert.equal(child.process.exitCode, 0, child.stderr);
+    this.model.endFlush(flush);
+    this.#ended(child, guest);
   }
 
   /** Kills the daemon a moment from now. */
   async killNow(child: ChildDaemon, guest: Guest): Promise<void> {
     await this.pause();
     await child.kill();
-    this.#ended(guest);
+    this.#ended(child, guest);
   }
 
-  #ended(guest: Guest): void {
+  #ended(child: ChildDaemon, guest: Guest): void {
     guest.detach();
     this.tally.operations += guest.completed;
     this.tally.refused += guest.refused;
-    this.daemonDied();
+    this.#daemonDied(child);
   }
 
   async phaseOf(child: ChildDaemon): Promise<Phase> {
@@ -194,7 +227,7 @@ export class Campaign {
     await this.pause();
     await child.kill();
     await opened;
-    this.daemonDied();
+    this.#daemonDied(child);
   }
 
   /** Resolves when the daemon is dead: after so many answers, and a moment more. */

@@ -60,7 +60,7 @@ export class ChildDaemon extends Daemon {
   #id = 0;
   readonly #waiting = new Map<number, Waiting>();
 
-  constructor(env: NodeJS.ProcessEnv = {}) {
+  constructor(readonly env: NodeJS.ProcessEnv = {}) {
     super(start([CHILD], env));
     createInterface({ input: this.process.stdout! }).on('line', (line) => this.#answered(line));
     void this.exited.then(() => {
@@ -107,11 +107,12 @@ export class ChildDaemon extends Daemon {
 export class Spares {
   #next: ChildDaemon | undefined;
 
-  constructor(private readonly env: NodeJS.ProcessEnv = {}) {}
+  /** `env`: asked for each child. */
+  constructor(private readonly env: () => NodeJS.ProcessEnv = () => ({})) {}
 
   take(): ChildDaemon {
-    const child = this.#next ?? new ChildDaemon(this.env);
-    this.#next = new ChildDaemon(this.env);
+    const child = this.#next ?? new ChildDaemon(this.env());
+    this.#next = new ChildDaemon(this.env());
     return child;
   }
 

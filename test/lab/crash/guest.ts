@@ -153,7 +153,8 @@ export class Guest {
     const answered = await this.#answered(this.#send(client, change, offset, length, fua));
     if (answered) this.model.acknowledge(change, { durable: fua });
     else this.model.lose(change);
-    if (answered) this.model.keeps = true; // no write is answered before the takeover
+    // No change is answered before the takeover, but for a trim of less than a block, which changes nothing.
+    if (answered && change.length > 0) this.model.keeps = true;
   }
 
   #send(client: NbdClient, change: Change, offset: number, length: number, fua: boolean): Promise<void> {

@@ -173,9 +173,9 @@ export class DiskModel {
 
   /** Throws a Difference unless `found` is what the read may have seen; null: it was not answered. */
   endRead(look: Look, found: Buffer | null, kept = this.keeps): void {
+    if (found !== null) this.#compare(found, look, 'a read');
     this.#looks.delete(look as Look & { seen: Change[] });
     if (found === null) return;
-    this.#compare(found, look, 'a read');
     if (kept) this.#mark(look.offset, look.length);
   }
 
@@ -271,18 +271,20 @@ export class DiskModel {
   #compare(found: Buffer, look: Look, what: string): void {
     if (found.equals(look.before)) return;
     for (let at = 0; at < found.length; at++) {
-      if (found[at] !== look.before[at] && !this.#wasBrought(look.offset + at, found[at]!, look.seen))
+      if (found[at] !== look.before[at] && !this.#wasBrought(look.offset + at, found[at]!, look))
         throw this.#difference(found, look, at, what);
     }
   }
 
-  #wasBrought(byte: number, value: number, changes: readonly Change[]): boolean {
-    return changes.some(
+  #wasBrought(byte: number, value: number, look: Look): boolean {
+    // After a crash what was overwritten durably cannot come back; while the guest works a slow read may have seen it.
+    const floor = this.#looks.has(look as Look & { seen: Change[] }) ? -1 : (this.#durableTag?.[byte] ?? -1);
+    return look.seen.some(
       ({ offset, length, content, tag }) =>
         byte >= offset &&
         byte < offset + length &&
         (content === null ? 0 : content[byte - offset]) === value &&
-        (this.#durableTag === null || tag > this.#durableTag[byte]!),
+        tag > floor,
     );
   }
 

@@ -171,7 +171,7 @@ export class FakeMachine implements Machine {
   state: MachineStatus['state'];
   migration = 'none';
   failsToArrive = false;
-  powerdown: (() => Promise<void>) | undefined;
+  powerdown: () => Promise<void> = () => Promise.reject(new Error('this guest does not listen'));
   private peer: FakeMachine | null = null;
   private readonly listeners = new Set<(event: MachineEvent) => void>();
   private leave: (exit: MachineExit) => void = () => undefined;
