@@ -17,12 +17,7 @@ export function proxyCommand(): Command {
     .argument('<source-uri>', 'NBD URI of the source')
     .argument('<disk>', 'image file, created sparse with the size of the source if it is not there')
     .option('--name <name>', 'name of the volume and its export (default: from the file name)')
-    .option(
-      '--listen <addr>',
-      'unix:PATH, HOST:PORT, [V6]:PORT, fd:N or stdio; may be repeated (default: 127.0.0.1:10809)',
-      listenOption,
-      [],
-    )
+    .addOption(listenOption())
     .option('--standby', 'keep nothing that is read until the first write or `takeover`', false)
     .option('--bandwidth <rate>', 'limit of the background copy, as in 100M/s', argument(parseRate))
     .addOption(
