@@ -3,7 +3,7 @@
  * threads that take their time, takeovers, retreats, kills: every read returns what a disk may return, and in the end all is here.
  */
 import assert from 'node:assert/strict';
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { test } from 'node:test';
 import fc from 'fast-check';
 import { Errno } from '../../src/nbd/constants.js';
@@ -36,7 +36,13 @@ interface Fetch {
   content: Buffer;
 }
 
-const zeroBlocks = (content: Buffer): Buffer => content.fill(0, B, 3 * B).fill(0, 6 * B, 7 * B);
+/** A version of the source: three blocks of it are zeros, which ones changes from version to version. */
+function sourceOf(version: number): Buffer {
+  const at = version % 3;
+  return patterned(SIZE, 1000 + version)
+    .fill(0, at * B, (at + 2) * B)
+    .fill(0, (6 - at) * B, (7 - at) * B);
+}
 
 class World implements Supplier {
   readonly #model = new DiskModel(SIZE);
@@ -56,7 +62,7 @@ class World implements Supplier {
     readonly root: string,
     readonly volume: Volume,
   ) {
-    this.#content = zeroBlocks(patterned(SIZE, 1000));
+    this.#content = sourceOf(1);
     this.#moving = this.#model.begin(0, SIZE, this.#content);
     this.#guest = new GuestDevice(volume);
     volume.store.supplier = this;
@@ -222,7 +228,7 @@ class World implements Supplier {
 
   async #retreat(): Promise<void> {
     if (this.volume.phase !== 'relocating' || this.#moving !== null) return;
-    const content = zeroBlocks(patterned(SIZE, 1000 + ++this.#version));
+    const content = sourceOf(++this.#version);
     const moving = this.#model.begin(0, SIZE, content);
     try {
       await this.volume.retreat();
@@ -342,6 +348,8 @@ const reads: fc.Arbitrary<Action> = fc.record({
 async function live(actions: readonly Action[]): Promise<void> {
   const root = tempFolder(PARENT);
   const volume = await proxiedVolume(root);
+  // The image is not empty, as after a retreat: what is zeros at the source has to be made so by a thread.
+  writeFileSync(volume.store.image.path, patterned(SIZE, 500), { flag: 'r+' });
   const world = new World(root, volume);
   try {
     await world.act({ do: 'takeover' });
