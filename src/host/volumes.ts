@@ -255,12 +255,12 @@ export class Volumes {
     const { stateDir, openVolume, log, link, listen, guestAddresses } = this.options;
     const service = await openVolume({ stateDir, name, image, mode, log });
     const entry: OpenEntry = { kind: 'open', service, guest: null, handoff: new Occurrence() };
-    const description = service.linkDescription;
+    const describe = (): string => service.linkDescription;
     try {
       const table = new ExportTable();
-      table.add(name, description, service.guest);
+      table.add(name, describe, service.guest);
       entry.guest = await listen(guestAddresses(name), table, log);
-      link?.table.add(name, description, service.link);
+      link?.table.add(name, describe, service.link);
     } catch (error) {
       await service.close();
       throw error;
