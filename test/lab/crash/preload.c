@@ -31,7 +31,7 @@
 #define FDS_MAX 65536
 #define MAGIC 0x31435242 /* "BRC1" */
 
-enum kind { OPENED = 1, CLOSED, ENDED, WRITE, PWRITE, TRUNCATE, FALLOCATE, SYNC, RENAME, UNLINK, MKDIR, RMDIR, CREATE, ARMED };
+enum kind { OPENED = 1, CLOSED, ENDED, WRITE, PWRITE, TRUNCATE, FALLOCATE, SYNC, RENAME, UNLINK, MKDIR, RMDIR, CREATE, ARMED, MARK };
 
 struct record {
   uint32_t magic, kind;
@@ -113,8 +113,8 @@ static void end(uint32_t id, long result) {
 }
 
 static void arm(const char *what) {
-  struct record r = {.kind = ARMED};
-  if (strcmp(what, "step") == 0) {
+  struct record r = {.kind = strcmp(what, "step") == 0 ? MARK : ARMED};
+  if (r.kind == MARK) {
     end(begin(&r, NULL, NULL, NULL), 0);
     return;
   }

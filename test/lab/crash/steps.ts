@@ -55,7 +55,7 @@ export interface Change {
 }
 
 /** How what is not certain arrives when power is lost. */
-const LOSSES: Loss[] = [1, 0, 0.4];
+const LOSSES: Loss[] = [1, 0.4];
 
 export class Bench {
   readonly source = new Source(contentOf(SOURCE_TAG, 0, SIZE));
@@ -262,10 +262,14 @@ export class Bench {
     await change.prepare(this);
     rmSync(this.#template, { recursive: true, force: true });
     cpSync(this.machine.root, this.#template, { recursive: true });
-    this.#prepared = { expected: this.expected, source: Buffer.from(this.source.content) };
+    this.#prepared = {
+      expected: this.expected,
+      flushed: this.#flushed,
+      source: Buffer.from(this.source.content),
+    };
   }
 
-  #prepared = { expected: Buffer.alloc(0), source: Buffer.alloc(0) };
+  #prepared = { expected: Buffer.alloc(0), flushed: Buffer.alloc(0), source: Buffer.alloc(0) };
 
   #empty(): void {
     for (const entry of readdirSync(this.machine.root))
@@ -279,6 +283,7 @@ export class Bench {
     this.machine.boot(BOOT);
     this.source.content.set(this.#prepared.source);
     this.startFrom(this.#prepared.expected);
+    this.#flushed = Buffer.from(this.#prepared.flushed);
     const victim = this.#victims.take();
     this.#daemon = victim;
     const answered = await this.#dieAt(change, step, victim);
