@@ -7,6 +7,7 @@
  *   the source is out of reach, when nothing but failures comes, and between two rounds if one had any. Failures are shown as long
  *   as they last, and end nothing.
  */
+import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import type { Extent } from '../nbd/client/client.js';
@@ -26,6 +27,8 @@ const ALLOCATION_BYTES = 1 << 30;
 const WANTED_MAX = 1024;
 /** So many fetches failed one after the other: there is no point in trying the next at once. */
 const FAILURES_MAX = 4;
+/** Blocks that the guest has in hand are looked at again after so long. */
+const LOCKED_MS = 10;
 /** The rate shown is an average over about so long. */
 const RATE_HALF_LIFE_MS = 2_000;
 
@@ -265,8 +268,10 @@ export class Background {
     const after = this.store.presence?.present ?? this.store.blocks;
     // Others may have added some meanwhile: a bound, exact where nothing was punched.
     this.fetcher.traffic.zeroBytes += Math.min(after - before, end - first) * BLOCK_BYTES;
-    this.#zeroing = false;
     if (errno !== Errno.OK) this.#failed(errno, 'the image has I/O errors');
+    // The guest has these very blocks in hand, on a thread whose end is only seen if the loop goes on turning.
+    else if (after === before) await delay(LOCKED_MS);
+    this.#zeroing = false;
     this.#pump();
   }
 
@@ -316,7 +321,9 @@ export class Background {
       if (!this.#failedThisRound) this.#error = null;
       this.#window.answered(bytes, now - began, full, now);
       this.#count(bytes, now);
-    } else if (errno !== Errno.ESHUTDOWN) {
+    } else if (errno === Errno.ESHUTDOWN) {
+      return; // the link is closed
+    } else {
       this.#failed(errno);
     }
     this.#pump();

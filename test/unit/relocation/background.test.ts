@@ -1,9 +1,10 @@
 /** The background copy: order, limits, hints, zeros and failures. */
 import assert from 'node:assert/strict';
 import { readFileSync, statSync } from 'node:fs';
-import { test } from 'node:test';
+import { mock, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
 import { Errno } from '../../../src/nbd/constants.js';
+import { Image } from '../../../src/volume/image.js';
 import {
   assertBlocks,
   BLOCK,
@@ -18,6 +19,8 @@ import {
   until,
   writeAt,
 } from '../../lab/ferry.js';
+
+type ZeroParameters = Parameters<Image['zero']>;
 
 const BULK = 256 * KIB;
 
@@ -251,6 +254,34 @@ test('the guest’s write into a run of zeros that is being marked wins', async 
   await proxy.service.handedOff();
   const expected = Buffer.alloc(8 * MIB).fill(6, MIB, MIB + 2 * BLOCK);
   assertBlocks(await readAt(guest, 0, 8 * MIB), expected);
+});
+
+test('blocks that the guest is zeroing on a thread are left to it, and the loop goes on turning', async (t) => {
+  const lab = new Lab(t);
+  const source = await lab.source(2 * MIB, { data: pattern(2 * MIB).fill(0, MIB) });
+  source.tellZeroes();
+  source.device.manner = ({ kind }) => (kind === 'status' ? 'held' : 'now');
+  const proxy = await lab.proxy(source, { background: true });
+  const guest = await proxy.guest();
+  await until(() => source.held > 0, 'the allocation is asked for');
+  let finish: (() => void) | undefined;
+  const { zero } = Image.prototype;
+  const held = mock.method(Image.prototype, 'zero', async function (this: Image, ...words: ZeroParameters) {
+    await new Promise<void>((resolve) => {
+      finish = resolve;
+    });
+    return zero.apply(this, words);
+  });
+  lab.onClose(() => held.mock.restore());
+  const zeroed = guest.zero(MIB, MIB);
+  await until(() => finish !== undefined, 'the guest’s zeroing is under way');
+  source.release();
+  await until(() => proxy.status.presentBytes === MIB, 'the rest is here');
+  await quiet();
+  finish!();
+  await zeroed;
+  await proxy.service.handedOff();
+  assertBlocks(readFileSync(proxy.image), source.device.data);
 });
 
 test('a source timeout does not make it forget that the source tells zeros', async (t) => {
