@@ -83,6 +83,22 @@ export class Volumes {
     return entry.kind === 'open' ? this.served(entry) : entry.view;
   }
 
+  /** Resolves when nothing is about to change what the volume is: not its coming or going, nor its phase. */
+  async quiet(name: string): Promise<void> {
+    await this.queue.run(name, async () => {
+      const entry = this.entries.get(name);
+      if (entry?.kind === 'open') await entry.service.quiet();
+    });
+  }
+
+  /** The volume took over, and cannot go back. */
+  settled(name: string): boolean {
+    const entry = this.entries.get(name);
+    if (entry?.kind !== 'open') return false;
+    const { phase } = entry.service.status();
+    return phase === 'plain' || (phase === 'relocating' && entry.service.settled);
+  }
+
   views(): VolumeView[] {
     return [...this.entries.keys()].sort().map((name) => this.view(name));
   }

@@ -59,7 +59,11 @@ function whenReady(entry: Route, ready: () => boolean): Route {
 function volumeRoutes(volumes: Volumes): Route[] {
   const path = (verb: string): string => `/v1/volumes/:name/${verb}`;
   return [
-    route('GET', '/v1/volumes/:name', nothing, async ({ params }) => volumes.view(params.name)),
+    // A coordinator decides by this answer: what another one asked for before it was killed must have had its effect.
+    route('GET', '/v1/volumes/:name', nothing, async ({ params }) => {
+      await volumes.quiet(params.name);
+      return volumes.view(params.name);
+    }),
     route('POST', '/v1/volumes', createVolume, ({ body }) => volumes.arrive(body)),
     route('POST', path('takeover'), takeover, ({ params, body }) =>
       volumes.takeover(params.name, body.generation),
