@@ -186,6 +186,14 @@ class RunningVolume implements VolumeService {
     };
   }
 
+  get settled(): boolean {
+    return this.volume.settled;
+  }
+
+  quiet(): Promise<void> {
+    return this.volume.quiet();
+  }
+
   seal(generation: number): Promise<void> {
     return this.volume.seal(generation);
   }
