@@ -293,6 +293,7 @@ constexpr napi_property_descriptor kMethods[] = {
     method("seekData", Seek<seekData>),
     method("seekHole", Seek<seekHole>),
     method("seekEnd", OnFd<seekEnd>),
+    method("peerGone", OnFd<peerGone>),
     method("lockFile", LockFile),
     method("mapShared", MapShared),
     method("unmap", Unmap),

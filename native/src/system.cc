@@ -1,6 +1,7 @@
 #include "system.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -169,6 +170,15 @@ int64_t seekHole(int fd, uint64_t offset) { return seekKind(fd, offset, SEEK_HOL
 
 int64_t seekEnd(int fd) {
   return retried([=] { return ::lseek(fd, 0, SEEK_END); });
+}
+
+int64_t peerGone(int fd) {
+  struct pollfd state = {};
+  state.fd = fd;
+  state.events = POLLRDHUP;
+  const int64_t result = retried([&] { return ::poll(&state, 1, 0); });
+  if (result < 0) return result;
+  return (state.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL)) != 0 ? 1 : 0;
 }
 
 int64_t lockFile(int fd, bool exclusive) {

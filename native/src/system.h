@@ -25,6 +25,9 @@ int64_t seekData(int fd, uint64_t offset);
 int64_t seekHole(int fd, uint64_t offset);
 int64_t seekEnd(int fd);
 
+// 1 if the other end of a socket sends no more, though what it sent before may not have been read; 0 if it may.
+int64_t peerGone(int fd);
+
 // 1 if the lock is ours now, 0 if somebody else's is in the way.
 int64_t lockFile(int fd, bool exclusive);
 int64_t duplicate(int fd);

@@ -1,28 +1,24 @@
 /** The one-volume daemons `serve` and `proxy`, made of the same parts as `host`. */
 
-import { basename, resolve } from 'node:path';
+import { resolve } from 'node:path';
 import { BlockferryError } from '../errors.js';
 import { volumeName } from '../host/config.js';
 import type { DaemonOptions } from '../host/daemon.js';
 import type { OpenMode } from '../host/open.js';
 import { daemonLog, runDaemon } from '../host/run.js';
 import { controlSocketPath, defaultStateDir } from '../host/state-dir.js';
+import { activatedAddresses, formatListenAddress } from '../nbd/address.js';
+import { defaultName } from '../volume/open.js';
 import { daemonParts } from './parts.js';
 
 const DEFAULT_LISTEN = '127.0.0.1:10809';
 
 export interface OneVolumeOptions {
   name?: string;
-  listen: string[];
+  listen?: string[];
   stateDir?: string;
   control?: string;
   logLevel: string;
-}
-
-/** The last part of a path without what comes after its last dot, made a name: "/srv/My disk.img" is "My-disk". */
-export function nameOf(path: string): string {
-  const bare = basename(path).replace(/(.)\.[^.]*$/, '$1');
-  return bare.replaceAll(/[^A-Za-z0-9._-]/g, '-').replace(/^[^A-Za-z0-9]+/, '') || 'disk';
 }
 
 export async function runOneVolume(
@@ -31,12 +27,13 @@ export async function runOneVolume(
   options: OneVolumeOptions,
   mode: OpenMode,
 ): Promise<void> {
-  const checked = volumeName.safeParse(options.name ?? nameOf(disk));
+  const checked = volumeName.safeParse(options.name ?? defaultName(disk));
   if (!checked.success)
     throw new BlockferryError('usage', `--name: expected ${checked.error.issues[0].message}`);
   const name = checked.data;
   const stateDir = resolve(options.stateDir ?? defaultStateDir());
-  const listen = options.listen.length > 0 ? options.listen : [DEFAULT_LISTEN];
+  const activated = activatedAddresses(process.env, process.pid).map(formatListenAddress);
+  const listen = [options.listen ?? [], activated, [DEFAULT_LISTEN]].find((words) => words.length > 0) ?? [];
   const log = daemonLog('blockferry', options.logLevel);
   const machinesDir = resolve(stateDir, 'run');
   const daemon: DaemonOptions = {
@@ -58,12 +55,12 @@ export async function runOneVolume(
     parts: daemonParts(machinesDir),
     log,
   };
-  const stdio = listen.includes('stdio');
-  await runDaemon(daemon, (uris) => announce(uris, stdio));
+  // Who made the sockets, or holds the other end of stdio, has stdout for itself: nbdinfo --json, an NBD session.
+  const ours = listen !== activated && !listen.includes('stdio');
+  await runDaemon(daemon, (uris) => announce(uris, ours ? process.stdout : process.stderr));
 }
 
-/** The readiness line, on stdout unless an NBD session is there. */
-export function announce(uris: string[], stdio: boolean): void {
-  const line = `ready ${uris.join(' ')}`.trimEnd();
-  (stdio ? process.stderr : process.stdout).write(`${line}\n`);
+/** The readiness line. */
+export function announce(uris: string[], out: NodeJS.WritableStream): void {
+  out.write(`${`ready ${uris.join(' ')}`.trimEnd()}\n`);
 }

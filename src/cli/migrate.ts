@@ -8,7 +8,7 @@ import { Journal } from '../migration/journal.js';
 import type { MoveProgress } from '../migration/perform.js';
 import { makePlan } from '../migration/plan.js';
 import type { MoveResult } from '../migration/result.js';
-import { argument, printJson, stateDirOption } from './common.js';
+import { argument, type FindOptions, findDaemonsOrFail, printJson, stateDirOption } from './common.js';
 import { LiveLine, progressLine } from './progress.js';
 import { formatDuration, formatSize, parseRate } from './units.js';
 
@@ -28,7 +28,10 @@ export function migrateCommand(): Command {
   return new Command('migrate')
     .description('move a running machine with its disks to another host')
     .argument('<vm>', 'machine')
-    .option('--from <control>', 'control socket of the host it runs on')
+    .option(
+      '--from <control>',
+      'control socket of the host it runs on (default: the daemon of the state folder that has it)',
+    )
     .option('--to <control>', 'control socket of the host it moves to')
     .addOption(
       new Option('--switch <when>', 'how much crosses before the machine moves')
@@ -88,10 +91,10 @@ async function migrate(vm: string, options: MigrateOptions): Promise<void> {
 }
 
 async function begin(folder: string, vm: string, options: MigrateOptions): Promise<Journal> {
-  const { from, to } = options;
-  if (from === undefined || to === undefined) {
-    throw new BlockferryError('usage', 'a new move needs --from CONTROL and --to CONTROL');
-  }
+  const { to } = options;
+  if (to === undefined) throw new BlockferryError('usage', 'a new move needs --to CONTROL');
+  const from =
+    options.from ?? (await hostOf(vm, options.stateDir === undefined ? {} : { stateDir: options.stateDir }));
   const earlier = Journal.list(folder).find((journal) => journal.vm === vm && !journal.finished);
   if (earlier) {
     throw new BlockferryError(
@@ -109,6 +112,17 @@ async function begin(folder: string, vm: string, options: MigrateOptions): Promi
     folder,
     await makePlan(new ControlClient(controlPath(from)), new ControlClient(controlPath(to)), request),
   );
+}
+
+/** The control socket of the daemon of this state folder that runs the machine. */
+async function hostOf(vm: string, options: FindOptions): Promise<string> {
+  const daemons = await findDaemonsOrFail(options);
+  const having = daemons.filter(({ status }) =>
+    status.vms.some(({ name, state }) => name === vm && state !== 'departed'),
+  );
+  if (having.length === 1) return having[0].client.address;
+  const why = having.length === 0 ? 'no daemon here has' : 'several daemons here have';
+  throw new BlockferryError('not-found', `${why} a machine "${vm}": name its host with --from`);
 }
 
 /** As it is kept in the journal: good in any folder. */
@@ -155,6 +169,7 @@ export function summary(result: MoveResult): string {
     ],
     ['handed off', `after another ${time(result.handoffMs)}`],
     ['total', time(result.totalMs)],
+    ['machine', result.state ?? 'unknown'],
     [
       'disk',
       `${formatSize(result.demandBytes)} on demand, ${formatSize(result.backgroundBytes)} in the background, ${formatSize(result.zeroBytes)} were zero`,

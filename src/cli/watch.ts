@@ -1,5 +1,4 @@
 import type { Command } from 'commander';
-import { BlockferryError } from '../errors.js';
 import { controlCommand, type FindOptions, findVolume } from './common.js';
 import { LiveLine, progressLine } from './progress.js';
 
@@ -17,12 +16,6 @@ export function watchCommand(): Command {
           if (done) {
             line.print(progressLine(now));
             return;
-          }
-          if (now.phase === 'sealed' || now.phase === 'retired') {
-            throw new BlockferryError(
-              'phase',
-              `volume "${now.name}" is ${now.phase}: it moved away, watch it at its destination`,
-            );
           }
           line.show(progressLine(now));
         }

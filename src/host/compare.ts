@@ -108,6 +108,10 @@ async function openImage(path: string): Promise<Side> {
     throw new BlockferryError(code, `cannot open ${path}: ${messageOf(error)}`, { cause: error });
   }
   const stat = await file.stat();
+  if (!stat.isFile() && !stat.isBlockDevice()) {
+    await file.close();
+    throw new BlockferryError('image-io', `${path} is neither a file nor a block device`);
+  }
   const size = stat.isBlockDevice() ? blockDeviceSize(path) : stat.size;
   const read = async (offset: number, length: number, buffer: Buffer): Promise<void> => {
     let got = 0;

@@ -18,8 +18,8 @@ export const volumeName = z
   .string()
   .max(NAME_BYTES_MAX, `a name of at most ${NAME_BYTES_MAX} characters`)
   .regex(
-    /^[A-Za-z0-9][A-Za-z0-9._-]*$/,
-    'a name of letters, digits, ".", "_" and "-" that starts with a letter or digit',
+    /^[A-Za-z0-9_][A-Za-z0-9._-]*$/,
+    'a name of letters, digits, ".", "_" and "-" that starts with neither "." nor "-"',
   )
   .refine(
     (name) => !RESERVED_NAMES.has(name),

@@ -20,20 +20,12 @@ export interface MachineEntry {
   before: { record: MachineRecord | undefined; entry: MachineEntry | undefined } | null;
 }
 
-/** A driver may be able to ask a guest to power off; not all are. */
-interface PowersDown {
-  powerdown(): Promise<void>;
-}
-function powersDown(machine: Machine): machine is Machine & PowersDown {
-  return typeof (machine as Partial<PowersDown>).powerdown === 'function';
-}
-
 /**
- * Ends a machine's process. Where the driver can, the guest is asked to power off first and has `graceMs`; then it is paused, which
- * flushes its disks, and ends as by a power cut.
+ * Ends a machine's process. The guest is asked to power off first and has `graceMs`; then it is paused, which flushes its disks, and
+ * ends as by a power cut.
  */
 export async function end(machine: Machine, graceMs: number, hurry?: AbortSignal): Promise<void> {
-  if (graceMs > 0 && powersDown(machine)) {
+  if (graceMs > 0) {
     const asked = await machine.powerdown().then(
       () => true,
       () => false,

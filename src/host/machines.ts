@@ -126,7 +126,7 @@ export class Machines {
     });
   }
 
-  /** Ends a machine's process; with 'powerdown' the guest is asked first, where the driver can, and has `timeoutMs`. */
+  /** Ends a machine's process; with 'powerdown' the guest is asked first and has `timeoutMs`. */
   async stop(name: string, mode: 'powerdown' | 'quit', timeoutMs: number): Promise<MachineView> {
     await this.queue.run(name, async () => {
       const { machine } = this.entry(name);
@@ -148,9 +148,18 @@ export class Machines {
     entry.moveId = moveId;
   }
 
+  /** The move is over here. A guest that stands still in the middle of it would be forgotten: refused. */
   async release(name: string, moveId: string): Promise<void> {
     const entry = this.entries.get(name);
-    if (entry?.moveId === moveId) entry.moveId = null;
+    if (entry?.moveId !== moveId) return;
+    const { machine, sent } = entry;
+    if (machine && sent && UNDER_WAY.has((await machine.queryMigrate()).status)) {
+      throw new BlockferryError(
+        'phase',
+        `machine "${name}" is still on its way: revive it, or let it arrive`,
+      );
+    }
+    entry.moveId = null;
   }
 
   /** Destination: starts a process that waits for the source's. Repeated for the same move it answers with the one there is. */
@@ -404,7 +413,7 @@ export class Machines {
   }
 
   /**
-   * Ends every machine, as the daemon must before it takes their disks away. Guests are asked to power off where the driver can and
+   * Ends every machine, as the daemon must before it takes their disks away. Guests are asked to power off and
    * have `timeoutMs`; then they are paused, which flushes their disks, and end as by a power cut. `hurry` ends the waiting.
    */
   async stopAll(timeoutMs: number, hurry: AbortSignal): Promise<void> {

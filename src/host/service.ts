@@ -47,7 +47,7 @@ export interface VolumeService {
   readonly guest: BlockDevice;
   /** What another host's link reads: always read-only, also answers while sealed. */
   readonly link: BlockDevice;
-  /** Told to NBD clients that ask for a description, and checked again by a link that reconnects. */
+  /** As it is now: told to NBD clients that ask for a description, and checked again by a link that reconnects. */
   readonly linkDescription: string;
   status(): VolumeStatus;
 

@@ -95,7 +95,14 @@ export class Volumes {
   /** True once the volume is plain, false after the timeout or when the caller is gone. */
   async waitHandoff(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
     const entry = this.entry(name);
-    if (entry.service.status().phase === 'plain') return true;
+    const { phase } = entry.service.status();
+    if (phase === 'plain') return true;
+    if (phase === 'sealed' || phase === 'retired') {
+      throw new BlockferryError(
+        'phase',
+        `volume "${name}" is ${phase}: it moved away, watch it at its destination`,
+      );
+    }
     return entry.handoff.wait(timeoutMs, signal);
   }
 
@@ -248,12 +255,12 @@ export class Volumes {
     const { stateDir, openVolume, log, link, listen, guestAddresses } = this.options;
     const service = await openVolume({ stateDir, name, image, mode, log });
     const entry: OpenEntry = { kind: 'open', service, guest: null, handoff: new Occurrence() };
-    const description = service.linkDescription;
+    const describe = (): string => service.linkDescription;
     try {
       const table = new ExportTable();
-      table.add(name, description, service.guest);
+      table.add(name, describe, service.guest);
       entry.guest = await listen(guestAddresses(name), table, log);
-      link?.table.add(name, description, service.link);
+      link?.table.add(name, describe, service.link);
     } catch (error) {
       await service.close();
       throw error;

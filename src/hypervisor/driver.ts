@@ -125,7 +125,9 @@ export interface Machine {
   cancelMigration(timeoutMs?: number): Promise<void>;
   queryMigrate(): Promise<MigrationInfo>;
 
-  /** Ends the process: asked first, then by signal. Idempotent. */
+  /** Asks the guest to power off; `exited` tells when it did. */
+  powerdown(): Promise<void>;
+  /** Ends the process, as by a power cut for the guest: asked first, then by signal. Idempotent. */
   stop(): Promise<void>;
   /** Ends the process at once. Idempotent. */
   kill(): Promise<void>;

@@ -205,6 +205,10 @@ export class QemuMachine implements Machine {
     return migrationInfo(isObject(answer) ? answer : {});
   }
 
+  async powerdown(): Promise<void> {
+    await this.execute('system_powerdown');
+  }
+
   async stop(): Promise<void> {
     if (this.#child.exit === null) {
       const timeoutMs = this.#stopStepTimeoutMs;

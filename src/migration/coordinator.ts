@@ -13,7 +13,7 @@ import { applyStep, observe } from './facts.js';
 import type { Journal, StepResult } from './journal.js';
 import { DEFAULT_TIMING, type MoveProgress, perform, type Timing } from './perform.js';
 import { type MoveResult, moveResult } from './result.js';
-import { type Direction, type Facts, nextStep, type StepName } from './steps.js';
+import { type Direction, type Facts, FORWARD_STEPS, nextStep, type StepName } from './steps.js';
 
 /** A step that failed is tried this often in all, where repeating is right. */
 const ATTEMPTS_MAX = 3;
@@ -40,6 +40,11 @@ export interface MoveOptions {
  */
 export function runMove(options: MoveOptions): Promise<MoveResult> {
   return new Coordinator(options).run();
+}
+
+function comesAfter(later: StepName, earlier: StepName): boolean {
+  const order: readonly StepName[] = FORWARD_STEPS;
+  return order.indexOf(later) > order.indexOf(earlier);
 }
 
 class Coordinator {
@@ -73,7 +78,7 @@ class Coordinator {
 
   async run(): Promise<MoveResult> {
     const last = this.journal.entries.at(-1);
-    if (last?.kind === 'finish') return moveResult(this.journal, this.to, last.outcome, last.why);
+    if (last?.kind === 'finish') return moveResult(this.journal, this.from, this.to, last.outcome, last.why);
     if (this.abortAsked) this.turn('back', 'asked to abort');
     let facts = await this.ask();
     for (let count = 0; count < STEPS_MAX; count += 1) {
@@ -128,20 +133,22 @@ class Coordinator {
   private async recover(step: StepName, error: BlockferryError): Promise<Facts> {
     const attempts = (this.attempts.get(step) ?? 0) + 1;
     this.attempts.set(step, attempts);
-    const why = `${step} failed: ${error.message}`;
+    const why = this.signal.aborted ? 'interrupted' : `${step} failed: ${error.message}`;
     if (this.signal.aborted && step === 'wait-handoff') throw this.resumable(error.message, error);
     const facts = await this.ask();
     const next = nextStep(facts, this.direction);
-    const stillDue = next.kind === 'step' && next.step === step;
-    if (!stillDue) return facts;
-    // Whether it was refused or its answer was lost: only the latter is worth a second try on the way out.
+    const due = next.kind === 'step' ? next.step : null;
+    // Only an answer that was lost leaves open whether the step happened, and is worth a second try on the way out.
     const lost = error.code === 'control' || error.code === 'timeout';
     if (this.direction === 'forward' && !facts.arrived) {
+      const happened = lost && due !== null && comesAfter(due, step);
       const tooLate = step === 'wait-running' && error.code === 'timeout';
-      if (!lost || tooLate || attempts >= ATTEMPTS_MAX) this.turn('back', why);
-      else await this.pause();
+      const again = lost && due === step && attempts < ATTEMPTS_MAX && !tooLate;
+      if (again) await this.pause();
+      else if (!happened) this.turn('back', why);
       return facts;
     }
+    if (due !== step) return facts;
     if (attempts >= ATTEMPTS_MAX || (step === 'retreat' && !lost)) throw this.failedFor(step, facts, error);
     await this.pause();
     return facts;
@@ -168,10 +175,27 @@ class Coordinator {
         return await observe(this.from, this.to, this.journal);
       } catch (error) {
         if (!(error instanceof BlockferryError)) throw error;
+        await this.letTheSourceRun(error);
         if (performance.now() >= deadline) throw this.stuck(error.message, error);
         this.progress({ kind: 'waiting', why: error.message });
         await this.pause();
       }
+    }
+  }
+
+  /**
+   * A host is out of reach. As long as no takeover was begun the guest need not stand still at the source until the destination
+   * answers; the daemon there lets it run only on disks that are not sealed. The rest is undone when both answer.
+   */
+  private async letTheSourceRun(error: BlockferryError): Promise<void> {
+    const begun = new Set(this.journal.entries.map((entry) => (entry.kind === 'begin' ? entry.step : null)));
+    if (begun.has('takeover') || !begun.has('migrate')) return;
+    const { vm, id } = this.journal.plan;
+    try {
+      await this.from.revive(vm, id);
+      this.turn('back', error.message);
+    } catch {
+      // It is the source that is out of reach, or its guest runs already.
     }
   }
 
@@ -193,7 +217,7 @@ class Coordinator {
       this.why = `${this.why ?? 'aborted'}; the machine does not run at the source any more, start it there`;
     }
     // Asked for before the journal is closed: afterwards nothing holds the numbers together.
-    const result = await moveResult(this.journal, this.to, outcome, this.why);
+    const result = await moveResult(this.journal, this.from, this.to, outcome, this.why);
     this.journal.append({ kind: 'finish', outcome, why: this.why }, true);
     return result;
   }

@@ -82,8 +82,8 @@ export class Journal {
     const path = join(folder, `${plan.id}.jsonl`);
     return failing(path, () => {
       mkdirSync(folder, { recursive: true, mode: 0o700 });
-      const lock = takeLock(path);
-      const journal = new Journal(path, plan, [], openSync(path, 'ax', 0o600), lock);
+      const descriptor = openSync(path, 'ax', 0o600);
+      const journal = new Journal(path, plan, [], descriptor, takeLock(path));
       journal.append({ kind: 'plan', plan }, true);
       const parent = openSync(folder, 'r');
       fsyncSync(parent);

@@ -76,6 +76,8 @@ export async function perform(step: StepName, context: StepContext): Promise<Ste
       await waitPreSwitchover(context);
       break;
     case 'seal':
+      // Sealed, the source waits for the destination's word: better to notice now that it gives none any more.
+      await Promise.all(plan.volumes.map((volume) => to.volume(volume.name)));
       await Promise.all(plan.volumes.map((volume) => from.seal(volume.name, volume.nextGeneration)));
       break;
     case 'takeover':

@@ -73,10 +73,10 @@ function refuse(message: string): never {
   throw new BlockferryError('migration', message);
 }
 
-/** For people's eyes too: "vm1-20260102T030405Z-9f3c". */
+/** For people's eyes too: "vm1-20260102T030405Z-9f3c01d2". */
 function moveId(vm: string, at: Date): string {
   const stamp = at.toISOString().replace(/[-:]|\.\d+/g, '');
-  return `${vm.slice(0, 64)}-${stamp}-${randomBytes(2).toString('hex')}`;
+  return `${vm.slice(0, 64)}-${stamp}-${randomBytes(4).toString('hex')}`;
 }
 
 function checkHosts(source: StatusView, destination: StatusView): void {

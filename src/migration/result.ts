@@ -9,6 +9,8 @@ export interface MoveResult {
   id: string;
   vm: string;
   outcome: 'moved' | 'aborted';
+  /** What the machine does at the end, where it then is; null if that could not be asked. */
+  state: string | null;
   /** Why it was aborted. */
   why: string | null;
   /** As QEMU reports it: leaves out device load and page faults at the destination. */
@@ -29,6 +31,7 @@ export interface MoveResult {
 
 export async function moveResult(
   journal: Journal,
+  from: HostControl,
   to: HostControl,
   outcome: 'moved' | 'aborted',
   why: string | null,
@@ -43,6 +46,7 @@ export async function moveResult(
     id: plan.id,
     vm: plan.vm,
     outcome,
+    state: await machineState(outcome === 'moved' ? to : from, plan.vm),
     why,
     downtimeMs: ram?.downtimeMs ?? null,
     ramBytes: ram?.transferredBytes ?? null,
@@ -52,6 +56,15 @@ export async function moveResult(
     totalMs: between(plan.createdAt, handoffAt ?? arrivedAt),
     ...(await traffic(journal, to, outcome)),
   };
+}
+
+async function machineState(host: HostControl, vm: string): Promise<string | null> {
+  try {
+    return (await host.machine(vm)).state;
+  } catch (error) {
+    if (error instanceof BlockferryError) return null;
+    throw error;
+  }
 }
 
 async function traffic(

@@ -33,6 +33,7 @@ interface Addon {
   seekData(fd: number, offset: number): number;
   seekHole(fd: number, offset: number): number;
   seekEnd(fd: number): number;
+  peerGone(fd: number): number;
   lockFile(fd: number, exclusive: boolean): number;
   mapShared(fd: number, length: number): Uint8Array | number;
   unmap(view: Uint8Array): void;
@@ -142,6 +143,9 @@ export const seekHole = addon.seekHole;
  * uses.
  */
 export const seekEnd = addon.seekEnd;
+
+/** 1 if the other end of a socket sends no more (though bytes may be unread), 0 if it may, or -errno. */
+export const peerGone = addon.peerGone;
 
 /**
  * How many bits of [from, to) are 1. Here and below bit i is bit i & 7 of byte i >> 3, least significant first.

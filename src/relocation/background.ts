@@ -74,6 +74,7 @@ export class Background {
   #creditTimer: NodeJS.Timeout | undefined;
   #rate = 0;
   #rateAtMs = 0;
+  #rateBeganMs = 0;
 
   constructor(
     private readonly store: BlockStore,
@@ -101,11 +102,16 @@ export class Background {
 
   /** Bytes per second that came lately. */
   get rate(): number {
-    return this.#rate * 2 ** (-(performance.now() - this.#rateAtMs) / RATE_HALF_LIFE_MS);
+    const now = performance.now();
+    const decayed = this.#rate * 2 ** (-(now - this.#rateAtMs) / RATE_HALF_LIFE_MS);
+    // A copy that began a moment ago has not had the time to reach its average.
+    const begun = 1 - 2 ** (-(now - this.#rateBeganMs) / RATE_HALF_LIFE_MS);
+    return begun > 0 ? decayed / begun : 0;
   }
 
   /** The source stands still from now on: copy. */
   start(): void {
+    if (!this.#started) this.#rateBeganMs = performance.now();
     this.#started = true;
     this.#stopped = false;
     this.#creditAtMs = performance.now();

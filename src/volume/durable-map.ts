@@ -20,9 +20,11 @@
  *   and the copy (1) was taken before that sync began, from bits that were set after their data was written.
  * - A crash at any line loses no bit of an earlier commit: its slot is not touched until the next commit has its turn, which
  *   writes the other slot.
- * - A torn slot is told from a damaged one: only pages that the newest header announces can be torn. A slot that fails its
- *   checksum anywhere else means that the file was damaged, maybe in the newest copy of a page, and losing a bit there would
- *   lose a guest's write: the map is refused ('state-damaged') and nothing is guessed.
+ * - A torn slot is told from a damaged one: only pages that the newest header announces can be torn, and only one slot of
+ *   each. A slot that fails its checksum anywhere else means that the file was damaged, maybe in the newest copy of a page, and
+ *   losing a bit there would lose a guest's write: the map is refused ('state-damaged') and nothing is guessed.
+ * - Opening the map repairs torn slots from the other copy and syncs the file. Otherwise a later header, which announces other
+ *   pages, would make an old tear look like damage, or announce nothing of what an earlier process wrote and never synced.
  */
 import { closeSync, constants, fstatSync, ftruncateSync, openSync, readSync } from 'node:fs';
 import { crc32 } from 'node:zlib';
@@ -76,16 +78,39 @@ export class DurableMap {
     this.#newest = new Uint8Array(this.#pages);
   }
 
-  /** A new, empty map; an old file is replaced. */
-  static create(path: string, volumeId: string, bits: number, epoch: number): DurableMap {
+  /**
+   * A new, empty map, whose size is durable; an old file is replaced. Its space is taken at once: a commit, and so a guest's flush,
+   * must not fail later because the disk is full.
+   */
+  static async create(path: string, volumeId: string, bits: number, epoch: number): Promise<DurableMap> {
     const fd = openSync(path, constants.O_RDWR | constants.O_CREAT | constants.O_TRUNC, 0o600);
-    const map = new DurableMap(path, fd, volumeId, bits, epoch);
-    ftruncateSync(fd, PAGES_AT + 2 * map.#pages * SLOT_BYTES);
-    return map;
+    try {
+      const map = new DurableMap(path, fd, volumeId, bits, epoch);
+      const bytes = PAGES_AT + 2 * map.#pages * SLOT_BYTES;
+      ftruncateSync(fd, bytes);
+      const done = await native.allocate(fd, 0, bytes);
+      if (done < 0 && done !== -native.ERRNO.EOPNOTSUPP) {
+        throw new BlockferryError(
+          'no-space',
+          `no room for the presence map ${path} (${bytes} bytes): free some space`,
+        );
+      }
+      await map.#sync();
+      return map;
+    } catch (error) {
+      closeSync(fd);
+      throw error;
+    }
   }
 
   /** Opens the map and reads its bits into `into` (all zero before). Throws 'state-damaged' where it cannot be trusted. */
-  static open(path: string, volumeId: string, bits: number, epoch: number, into: Uint8Array): DurableMap {
+  static async open(
+    path: string,
+    volumeId: string,
+    bits: number,
+    epoch: number,
+    into: Uint8Array,
+  ): Promise<DurableMap> {
     let fd: number;
     try {
       fd = openSync(path, constants.O_RDWR);
@@ -99,6 +124,7 @@ export class DurableMap {
     try {
       const map = new DurableMap(path, fd, volumeId, bits, epoch);
       map.#load(into);
+      await map.#sync();
       return map;
     } catch (error) {
       closeSync(fd);
@@ -127,34 +153,37 @@ export class DurableMap {
     }
   }
 
-  /** Which pages the last commit may have left torn. */
-  #loadHeader(): (page: number) => boolean {
+  /** Which pages the last commit may have left torn; undefined if there was none. */
+  #loadHeader(): ((page: number) => boolean) | undefined {
     let newest = -1;
-    let announced: (page: number) => boolean = () => false;
-    let bad = 0;
+    let announced: ((page: number) => boolean) | undefined;
     for (let slot = 0; slot < HEADERS; slot++) {
       const head = this.#readSlot(slot * SLOT_BYTES, HEADER_MAGIC);
-      if (head.state === 'bad') bad++;
       if (head.state !== 'good' || head.sequence <= newest) continue;
       newest = head.sequence;
       this.#headerSlot = slot;
       announced = announcedIn(this.#scratch, head.number);
     }
     this.#sequence = Math.max(newest, 0);
-    if (bad > 0 && newest === -1) throw this.#damaged('no header passes its checksum');
     // A torn header means that its commit wrote no page yet, and the pages of the commit before are whole.
     return announced;
   }
 
-  #loadPage(page: number, torn: (page: number) => boolean, into: Uint8Array): void {
+  #loadPage(page: number, torn: ((page: number) => boolean) | undefined, into: Uint8Array): void {
     let best = -1;
     let sequence = -1;
+    let bad = -1;
     for (let slot = 0; slot < 2; slot++) {
-      const head = this.#readSlot(PAGES_AT + (2 * page + slot) * SLOT_BYTES, PAGE_MAGIC);
-      if (head.state === 'good' && head.number !== page)
-        throw this.#damaged(`page ${page} holds another page's copy`);
-      if (head.state === 'bad' && !torn(page)) throw this.#damaged(`page ${page} fails its checksum`);
-      if (head.state !== 'good' || head.sequence <= sequence) continue;
+      const head = this.#readSlot(slotAt(page, slot), PAGE_MAGIC);
+      if (head.state === 'empty') continue;
+      if (torn === undefined) throw this.#damaged('no header passes its checksum');
+      if (head.state === 'bad') {
+        if (!torn(page) || bad !== -1) throw this.#damaged(`page ${page} fails its checksum`);
+        bad = slot;
+        continue;
+      }
+      if (head.number !== page) throw this.#damaged(`page ${page} holds another page's copy`);
+      if (head.sequence <= sequence) continue;
       best = slot;
       sequence = head.sequence;
       this.#sequence = Math.max(this.#sequence, sequence);
@@ -165,6 +194,13 @@ export class DurableMap {
       else into.fill(0, at, at + length);
     }
     this.#newest[page] = Math.max(best, 0);
+    if (bad !== -1) this.#repair(page, bad);
+  }
+
+  /** Puts the page's other slot, be it a copy or empty, in the place of a torn one. */
+  #repair(page: number, bad: number): void {
+    this.#readSlot(slotAt(page, bad ^ 1), PAGE_MAGIC);
+    this.#write(this.#scratch, slotAt(page, bad));
   }
 
   /** Reads a slot into the scratch buffer and says what it is. */
@@ -216,7 +252,7 @@ export class DurableMap {
     for (const { page, slot } of copies) {
       this.#finishSlot(slot, PAGE_MAGIC, page, epoch);
       const turn = this.#newest[page]! ^ 1;
-      this.#write(slot, PAGES_AT + (2 * page + turn) * SLOT_BYTES);
+      this.#write(slot, slotAt(page, turn));
       this.#newest[page] = turn;
     }
     await this.#sync();
@@ -255,6 +291,10 @@ export function copyPages(map: Uint8Array, pages: Iterable<number>): PageCopy[] 
     copies.push({ page, slot });
   }
   return copies;
+}
+
+function slotAt(page: number, slot: number): number {
+  return PAGES_AT + (2 * page + slot) * SLOT_BYTES;
 }
 
 function announcedIn(header: Buffer, count: number): (page: number) => boolean {

@@ -7,13 +7,14 @@
  * - `mapEpoch` rises whenever all presence bits are dropped; bits stored under another epoch count for nothing.
  * - `written` is durable before the first guest write after a takeover is answered, or says that the machine is known to run
  *   here: a retreat is possible only while it is false, and a hand-off only once it is true.
+ * - What is stored can be read back: a change that does not fit the schema is refused.
  * - `openBootId` is the boot under which the maps were opened and not yet closed: in that boot only presence.live is the truth.
  */
-import { mkdir, readFile } from 'node:fs/promises';
-import { dirname, join } from 'node:path';
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { z } from 'zod';
 import { BlockferryError, messageOf } from '../errors.js';
-import { removeFile, replaceFile, syncFolder } from './files.js';
+import { makeFolder, removeFile, replaceFile } from './files.js';
 import { PHASES } from './phase.js';
 
 const schema = z.strictObject({
@@ -70,6 +71,14 @@ export async function readIdentity(folder: string): Promise<Identity | undefined
   }
 }
 
+/** What could not be read back is not written either: a volume would be lost to a wrong number from a peer. */
+function checkStorable(identity: Identity): void {
+  const { error } = schema.safeParse(identity);
+  if (error === undefined) return;
+  const why = z.prettifyError(error).replaceAll('\n', ' ');
+  throw new BlockferryError('usage', `volume ${identity.name} cannot be stored like this (${why})`);
+}
+
 /** The identity of an open volume. Changes are made one after the other, each durable before it is visible here. */
 export class IdentityFile {
   #current: Identity;
@@ -98,10 +107,8 @@ export class IdentityFile {
   update(change: Partial<Identity>): Promise<void> {
     const step = this.#last.then(async () => {
       const next = Object.freeze({ ...this.#current, ...change });
-      if (!this.#stored) {
-        await mkdir(this.folder, { recursive: true, mode: 0o700 });
-        await syncFolder(dirname(this.folder));
-      }
+      checkStorable(next);
+      if (!this.#stored) await makeFolder(this.folder);
       await replaceFile(join(this.folder, IDENTITY_FILE), `${JSON.stringify(next, null, 2)}\n`);
       this.#stored = true;
       this.#current = next;

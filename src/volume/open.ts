@@ -1,11 +1,12 @@
 /** The ways to get hold of a volume: as a plain image, new with a source, or from what an earlier process left. */
 import { randomUUID } from 'node:crypto';
-import { existsSync, mkdirSync, readdirSync, realpathSync, rmSync } from 'node:fs';
-import { mkdir } from 'node:fs/promises';
+import { existsSync, readdirSync, realpathSync, rmSync } from 'node:fs';
 import { basename, join, resolve } from 'node:path';
+import { isDeepStrictEqual } from 'node:util';
 import { BlockferryError } from '../errors.js';
 import { blocksOf, VOLUME_BYTES_MAX } from './blocks.js';
-import { type Identity, IdentityFile, readIdentity } from './identity.js';
+import { makeFolder, removeFile } from './files.js';
+import { IDENTITY_FILE, type Identity, IdentityFile, readIdentity } from './identity.js';
 import { Image } from './image.js';
 import { hasMaps } from './phase.js';
 import { bootId, Presence } from './presence.js';
@@ -17,7 +18,7 @@ export function checkName(name: string): void {
   if (NAME.test(name)) return;
   throw new BlockferryError(
     'usage',
-    `'${name}' cannot be a volume's name: use letters, digits, '.', '_' and '-' (128 at most, not starting with '.' or '-')`,
+    `${JSON.stringify(name)} cannot be a volume's name: use letters, digits, '.', '_' and '-' (128 at most, not starting with '.' or '-')`,
   );
 }
 
@@ -85,10 +86,12 @@ export async function openPlain(options: {
   checkName(name);
   await refuseForeignImage(stateDir, name, path);
   const folder = join(stateDir, name);
-  const known = await readIdentity(folder);
+  const known = await volumeIn(folder);
   if (known !== undefined) return reopenKnown(folder, known, { image: path, readOnly });
   const image = Image.open(path, { readOnly });
   try {
+    await refuseStale(folder, known);
+    refuseOrphanedMaps(folder, image.path);
     checkSize(image.size);
     return new Volume(new IdentityFile(folder, freshIdentity(name, image), { stored: false }), image, null);
   } catch (error) {
@@ -117,13 +120,23 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
   checkSize(options.size);
   await refuseForeignImage(stateDir, name, options.image);
   const folder = join(stateDir, name);
-  if ((await readIdentity(folder)) !== undefined) {
+  if ((await volumeIn(folder)) !== undefined) {
     throw new BlockferryError(
       'exists',
       `there is a volume ${name} in ${stateDir} already: choose another name`,
     );
   }
   const { image, created } = await imageFor(options.image, options.size);
+  if (image.blockDevice) {
+    // A file that holds data was refused already; what a device holds cannot be told.
+    try {
+      refuseOrphanedMaps(folder, image.path);
+    } catch (error) {
+      image.close();
+      throw error;
+    }
+  }
+  let presence: Presence | undefined;
   try {
     const identity: Identity = {
       ...freshIdentity(name, image),
@@ -135,12 +148,13 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
       imageCreated: created,
       openBootId: bootId(),
     };
-    await mkdir(folder, { recursive: true, mode: 0o700 });
-    const presence = await Presence.create(folder, identity, blocksOf(image.size));
+    await makeFolder(folder);
+    presence = await Presence.create(folder, identity, blocksOf(image.size));
     const file = new IdentityFile(folder, identity, { stored: false });
     await file.update({});
     return new Volume(file, image, presence);
   } catch (error) {
+    presence?.remove();
     image.close();
     if (created) rmSync(options.image, { force: true });
     throw error;
@@ -149,7 +163,7 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
 
 async function imageFor(path: string, size: number): Promise<{ image: Image; created: boolean }> {
   if (!existsSync(path)) {
-    mkdirSync(resolve(path, '..'), { recursive: true });
+    await makeFolder(resolve(path, '..'), 0o777);
     return { image: await Image.create(path, size), created: true };
   }
   const image = Image.open(path);
@@ -172,7 +186,7 @@ async function imageFor(path: string, size: number): Promise<{ image: Image; cre
 export async function reopen(options: { stateDir: string; name: string; image?: string }): Promise<Volume> {
   checkName(options.name);
   const folder = join(options.stateDir, options.name);
-  const known = await readIdentity(folder);
+  const known = await volumeIn(folder);
   if (known === undefined)
     throw new BlockferryError('not-found', `there is no volume ${options.name} in ${options.stateDir}`);
   return reopenKnown(folder, known, {
@@ -181,12 +195,55 @@ export async function reopen(options: { stateDir: string; name: string; image?: 
   });
 }
 
+/** The identity was read before the image was locked: another process may have changed and closed the volume in between. */
+async function refuseStale(folder: string, known: Identity | undefined): Promise<void> {
+  if (isDeepStrictEqual(await readIdentity(folder), known)) return;
+  throw new BlockferryError('image-in-use', `another process had the volume of ${folder} open: try again`);
+}
+
+/** A standby without maps: `cancel` deletes them first, and died before it had deleted the rest. Does that now. */
+async function finishCancel(folder: string, known: Identity): Promise<boolean> {
+  if (known.phase !== 'standby' || Presence.hasFiles(folder)) return false;
+  if (known.imageCreated && existsSync(known.image)) {
+    const image = Image.open(known.image);
+    rmSync(known.image);
+    image.close();
+  }
+  await removeFile(join(folder, IDENTITY_FILE));
+  return true;
+}
+
+/**
+ * Maps say that an image is not complete, or was written to, and nobody knows of which volume: served as it is, or filled anew,
+ * it would be a wrong disk. A creation that died leaves such maps as well, with an image that is empty: that may be made again.
+ */
+function refuseOrphanedMaps(folder: string, imagePath: string): void {
+  if (!Presence.hasFiles(folder)) return;
+  throw new BlockferryError(
+    'state-damaged',
+    `${folder} has presence maps and no ${IDENTITY_FILE}, so ${imagePath} may be incomplete and is not opened: ` +
+      `restore ${IDENTITY_FILE} from a copy, or remove the folder if the image is known to be good or worthless`,
+  );
+}
+
+/** The volume of a folder; undefined where there is none (any more). */
+async function volumeIn(folder: string): Promise<Identity | undefined> {
+  const known = await readIdentity(folder);
+  return known !== undefined && (await finishCancel(folder, known)) ? undefined : known;
+}
+
 async function reopenKnown(
   folder: string,
   known: Identity,
   options: { image?: string; readOnly: boolean },
 ): Promise<Volume> {
   const { image: path, readOnly } = options;
+  if (path !== undefined && !existsSync(path) && existsSync(known.image)) {
+    throw new BlockferryError(
+      'image-missing',
+      `there is no image ${path}; volume ${known.name} has the image ${known.image}: give that, or another --name`,
+    );
+  }
   if (path !== undefined && existsSync(path) && realpathSync(path) !== known.image) {
     throw new BlockferryError(
       'state-mismatch',
@@ -202,6 +259,7 @@ async function reopenKnown(
   const image = Image.open(known.image, { readOnly: readOnly && !hasMaps(known.phase) });
   let presence: Presence | null = null;
   try {
+    await refuseStale(folder, known);
     if (image.size !== known.size) {
       throw new BlockferryError(
         'state-mismatch',

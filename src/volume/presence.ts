@@ -8,7 +8,7 @@
  * - presence.live gone or damaged although a process of this very boot had it open and did not close it: which writes since the
  *   last flush are here is then unknown. The volume is refused; it is never opened on a guess.
  */
-import { readFileSync, renameSync, rmSync } from 'node:fs';
+import { existsSync, readFileSync, renameSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { BlockferryError } from '../errors.js';
 import * as native from '../native/index.js';
@@ -52,7 +52,12 @@ export class Presence {
   static async create(folder: string, identity: PresenceIdentity, blocks: number): Promise<Presence> {
     const tag = { volumeId: identity.id, bootId: bootId(), blocks, epoch: identity.mapEpoch };
     const live = await LiveMap.create(join(folder, LIVE_FILE), blocks);
-    const durable = DurableMap.create(join(folder, DURABLE_FILE), identity.id, blocks, identity.mapEpoch);
+    const durable = await DurableMap.create(
+      join(folder, DURABLE_FILE),
+      identity.id,
+      blocks,
+      identity.mapEpoch,
+    );
     live.validate(tag);
     await syncFolder(folder);
     return new Presence(folder, blocks, live, durable, tag);
@@ -73,10 +78,19 @@ export class Presence {
     const durablePath = join(folder, DURABLE_FILE);
     if (found instanceof LiveMap) return Presence.#fromLive(folder, blocks, found, durablePath, tag);
     const bits = new Uint8Array(Math.ceil(blocks / 8));
-    const durable = DurableMap.open(durablePath, identity.id, blocks, identity.mapEpoch, bits);
-    const live = await LiveMap.create(livePath, blocks);
+    const durable = await DurableMap.open(durablePath, identity.id, blocks, identity.mapEpoch, bits);
+    // Under another name until it counts: killed meanwhile, the next process finds what this one found.
+    const next = `${livePath}.next`;
+    let live: LiveMap;
+    try {
+      live = await LiveMap.create(next, blocks);
+    } catch (error) {
+      durable.close();
+      throw error;
+    }
     live.bits.set(bits);
     live.validate(tag);
+    renameSync(next, livePath);
     return new Presence(folder, blocks, live, durable, tag);
   }
 
@@ -91,12 +105,12 @@ export class Presence {
     const bits = new Uint8Array(live.bits.length);
     let durable: DurableMap;
     try {
-      durable = DurableMap.open(path, tag.volumeId, blocks, tag.epoch, bits);
+      durable = await DurableMap.open(path, tag.volumeId, blocks, tag.epoch, bits);
     } catch (error) {
       if (!(error instanceof BlockferryError)) throw error;
       // Nothing is lost, the live map has it all: a new file is filled by the next commit, the damaged one stays until then.
       rmSync(`${path}.next`, { force: true });
-      durable = DurableMap.create(`${path}.next`, tag.volumeId, blocks, tag.epoch);
+      durable = await DurableMap.create(`${path}.next`, tag.volumeId, blocks, tag.epoch);
       bits.fill(0);
     }
     const presence = new Presence(folder, blocks, live, durable, tag);
@@ -164,8 +178,13 @@ export class Presence {
     this.#anyChanged = true;
   }
 
+  /** Whether the durable map lacks something: bits, or its place (the file there was damaged). */
   get changed(): boolean {
-    return this.#anyChanged;
+    return this.#anyChanged || this.durable.path !== this.#durablePath;
+  }
+
+  get #durablePath(): string {
+    return join(this.folder, DURABLE_FILE);
   }
 
   /**
@@ -173,18 +192,17 @@ export class Presence {
    * committed to again.
    */
   async commit(syncImage: () => Promise<void>): Promise<void> {
-    if (!this.#anyChanged) return syncImage();
+    if (!this.changed) return syncImage();
     const pages: number[] = [];
     for (let page = this.#changed.indexOf(1); page !== -1; page = this.#changed.indexOf(1, page + 1))
       pages.push(page);
     this.#changed.fill(0);
     this.#anyChanged = false;
     await this.durable.commit(copyPages(this.#bits, pages), syncImage);
-    const path = join(this.folder, DURABLE_FILE);
-    if (this.durable.path !== path) {
-      renameSync(this.durable.path, path);
+    if (this.durable.path !== this.#durablePath) {
+      renameSync(this.durable.path, this.#durablePath);
       await syncFolder(this.folder);
-      this.durable.path = path;
+      this.durable.path = this.#durablePath;
     }
   }
 
@@ -211,8 +229,24 @@ export class Presence {
     Presence.removeFiles(this.folder);
   }
 
+  /**
+   * Closes the maps of a volume that was marked as closed, and deletes their files in two durable steps: what a crash leaves is
+   * presence.map alone, which such a volume opens with, or nothing.
+   */
+  async discard(): Promise<void> {
+    this.close();
+    for (const file of [LIVE_FILE, DURABLE_FILE]) {
+      for (const name of [`${file}.next`, file]) rmSync(join(this.folder, name), { force: true });
+      await syncFolder(this.folder);
+    }
+  }
+
+  static hasFiles(folder: string): boolean {
+    return [LIVE_FILE, DURABLE_FILE].some((file) => existsSync(join(folder, file)));
+  }
+
   static removeFiles(folder: string): void {
-    for (const file of [LIVE_FILE, DURABLE_FILE, `${DURABLE_FILE}.next`])
-      rmSync(join(folder, file), { force: true });
+    for (const file of [LIVE_FILE, DURABLE_FILE])
+      for (const name of [file, `${file}.next`]) rmSync(join(folder, name), { force: true });
   }
 }

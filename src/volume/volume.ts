@@ -7,7 +7,7 @@
  * - Changes of phase run one after the other; each can be repeated after a crash with the same result.
  * - Taking over raises the generation and makes this the only writer in one durable step. The first guest write is answered
  *   only after `written` is durable, so that a retreat never throws an answered write away.
- * - seal: gate closed -> threads idle -> image durable -> phase durable -> answered.
+ * - seal: gate closed -> no thread changes the image -> image durable -> phase durable -> answered.
  * - hand-off: all blocks here -> image and maps durable -> phase `plain` durable -> maps deleted.
  * - retreat: phase `standby` and a new map epoch durable -> bits dropped. Died in between, the old bits count for nothing.
  */
@@ -38,6 +38,7 @@ export class Volume {
   readonly store: BlockStore;
   #last: Promise<unknown> = Promise.resolve();
   #closed = false;
+  #closing: Promise<void> | undefined;
   #timer: NodeJS.Timeout | undefined;
   /** Told of every change of phase, and when `written` became true, after it happened. */
   onChange: (() => void) | null = null;
@@ -159,7 +160,7 @@ export class Volume {
       this.#requireNewer(generation);
       this.store.setGate(REFUSED);
       try {
-        await this.store.idle();
+        await this.store.unchanging();
         if ((await this.store.commit()) !== Errno.OK) throw this.store.failure;
         await this.identity.update({ phase: 'sealed', sealedFor: generation });
       } finally {
@@ -296,9 +297,11 @@ export class Volume {
       }
       const proof = { volumeId: this.id, generation: this.generation + 1 };
       await this.#shut();
-      const { imageCreated } = this.identity.current;
-      if (imageCreated) await this.#deleteImage();
-      this.store.presence?.remove();
+      // Should this process die, the next finds a standby that was closed, or one without maps, which is taken for a cancelled one: the
+      // rest is done at its opening.
+      await this.identity.update({ openBootId: null });
+      await this.store.serially(async () => this.store.presence?.discard());
+      if (this.identity.current.imageCreated) await this.#deleteImage();
       await this.identity.remove();
       this.store.image.close();
       return proof;
@@ -318,6 +321,7 @@ export class Volume {
   async #shut(): Promise<void> {
     this.#closed = true;
     clearInterval(this.#timer);
+    this.store.keeps = false; // ends a long fill of zeros between two of its steps
     this.store.setGate(CLOSED);
     this.store.giveUp(0, this.store.blocks, Errno.ESHUTDOWN);
     await this.store.idle();
@@ -325,8 +329,9 @@ export class Volume {
 
   /** Makes all durable and lets go of the image. The sessions must be gone. */
   close(): Promise<void> {
-    if (this.#closed) return this.#last.then(() => undefined);
-    return this.#serially(async () => {
+    if (this.#closing !== undefined) return this.#closing;
+    this.#closing = this.#last.then(async () => {
+      if (this.#closed) return; // cancelled
       await this.#shut();
       const durable = (await this.store.commit()) === Errno.OK;
       if (this.store.presence !== null) {
@@ -336,6 +341,8 @@ export class Volume {
       this.store.image.close();
       if (!durable && !this.readOnly) throw this.store.failure;
     });
+    this.#last = this.#closing.catch(() => undefined);
+    return this.#closing;
   }
 
   /** The maps are about to be used: should this process die, in this boot presence.live is the truth. */

@@ -7,8 +7,10 @@ import { before, type TestContext, test } from 'node:test';
 import { BlockferryError } from '../../src/errors.js';
 import type { HostControl } from '../../src/host/control/api.js';
 import { ControlClient } from '../../src/host/control/client.js';
+import { migrationsDir } from '../../src/host/state-dir.js';
 import { runMove } from '../../src/migration/coordinator.js';
 import { Journal } from '../../src/migration/journal.js';
+import { DEFAULT_TIMING } from '../../src/migration/perform.js';
 import { makePlan } from '../../src/migration/plan.js';
 import type { MoveResult } from '../../src/migration/result.js';
 import { NbdClient } from '../../src/nbd/client/client.js';
@@ -98,10 +100,16 @@ class Lab {
       bandwidthBytesPerSecond: null,
       deleteSourceImages: false,
     } as const;
-    const journal = Journal.create(join(this.folder, 'migrations'), await makePlan(from, to, request));
+    const journal = Journal.create(migrationsDir(this.folder), await makePlan(from, to, request));
     change(from, to);
     try {
-      return await runMove({ from, to, journal, direction: 'forward' });
+      return await runMove({
+        from,
+        to,
+        journal,
+        direction: 'forward',
+        timing: { ...DEFAULT_TIMING, patienceMs: 2000 },
+      });
     } finally {
       journal.close();
       from.close();
@@ -209,31 +217,27 @@ test('a takeover is taken back while the guest has not run at the destination', 
   await lab.verify(lab.b);
 });
 
-test('a destination daemon that dies while the memory is on its way leaves the machine at the source', {
+test('a destination daemon that dies while the memory is on its way: the machine works on, and all is undone later', {
   skip,
 }, async (t) => {
   const lab = await Lab.open(t, RAW);
-  const words = [
-    'migrate',
-    'vm1',
-    '--from',
-    lab.a.control,
-    '--to',
-    lab.b.control,
-    '--state-dir',
-    lab.folder,
-    '--bandwidth',
-    '4M',
-  ];
-  const { code, stderr } = await runBlockferry(words, {
-    onLine: (line) => {
-      if (line.startsWith('memory:')) lab.b.daemon.kill();
-    },
-    onStart: (child) => t.after(() => child.kill('SIGKILL')),
+  const killed = lab.migrateWith((from) => {
+    const wait = from.waitMigration.bind(from);
+    from.waitMigration = async (...words) => {
+      lab.b.daemon.kill();
+      await lab.b.daemon.exited;
+      return wait(...words);
+    };
   });
-  assert.equal(code, 1, stderr);
+  await assert.rejects(killed, { code: 'migration' });
   await lab.monitor.progress('a', { count: 30, records: 30 });
-  const disk = await lab.a.client.volume('disk');
-  assert.equal(disk.phase, 'plain');
+  assert.equal((await lab.a.client.volume('disk')).phase, 'plain');
+
+  const b = await LabHost.start({ folder: lab.folder, name: 'b' });
+  t.after(() => b.stop());
+  const { code, stderr } = await runBlockferry(['migrate', 'vm1', '--abort', '--state-dir', lab.folder]);
+  assert.equal(code, 0, stderr);
+  const status = await b.client.status();
+  assert.deepEqual([status.volumes, status.vms], [[], []]);
   await lab.verify(lab.a);
 });

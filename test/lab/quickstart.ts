@@ -30,7 +30,11 @@ interface Outcome {
   verdict: GuestVerdict;
 }
 
-async function run(mode: 'raw' | 'ext4', cleanUp: (() => Promise<unknown>)[]): Promise<Outcome> {
+async function run(
+  mode: 'raw' | 'ext4',
+  bandwidth: string,
+  cleanUp: (() => Promise<unknown>)[],
+): Promise<Outcome> {
   const missing = await labMissing();
   if (missing !== null) fail(missing);
   say(
@@ -65,8 +69,8 @@ async function run(mode: 'raw' | 'ext4', cleanUp: (() => Promise<unknown>)[]): P
   await monitor.progress('a', { count: WORK_HEARTBEATS, records: 100 });
   console.log(`${monitor.last!.records} records written, ${monitor.last!.checked} read back and compared`);
 
-  say(`blockferry migrate vm1 --from ${a.control} --to ${b.control}`);
-  const move = await migrate(a, b, monitor);
+  say(`blockferry migrate vm1 --from ${a.control} --to ${b.control} --bandwidth ${bandwidth}`);
+  const move = await migrate(a, b, bandwidth, monitor);
   await monitor.progress('b', { count: WORK_HEARTBEATS, records: 100 });
 
   say('stopping the source daemon: the guest does not need it any more');
@@ -88,11 +92,17 @@ async function run(mode: 'raw' | 'ext4', cleanUp: (() => Promise<unknown>)[]): P
   return { move, gapMs, verdict };
 }
 
-async function migrate(a: LabHost, b: LabHost, monitor: GuestMonitor): Promise<MoveResult> {
+async function migrate(
+  a: LabHost,
+  b: LabHost,
+  bandwidth: string,
+  monitor: GuestMonitor,
+): Promise<MoveResult> {
   const over = new AbortController();
   const attached = b.serialPath('vm1', over.signal).then((path) => monitor.attach('b', path));
   attached.catch(() => undefined);
-  const words = ['migrate', 'vm1', '--from', a.control, '--to', b.control, '--state-dir', a.folder, '--json'];
+  const words = ['migrate', 'vm1', '--from', a.control, '--to', b.control, '--bandwidth', bandwidth];
+  words.push('--state-dir', a.folder, '--json');
   const { code, stdout, stderr } = await runBlockferry(words, {
     onLine: (line) => console.log(`   ${line}`),
   });
@@ -120,12 +130,19 @@ function summary({ move, gapMs, verdict }: Outcome): string {
 }
 
 async function main(): Promise<void> {
-  const { values } = parseArgs({ options: { mode: { type: 'string', default: 'ext4' } } });
-  const { mode } = values;
+  const { values } = parseArgs({
+    options: {
+      /** What the guest has on its disk: a file system, or records from the first byte on. */
+      mode: { type: 'string', default: 'ext4' },
+      /** For memory and for the disk, each: slow enough that there is something to see. */
+      bandwidth: { type: 'string', default: '40M/s' },
+    },
+  });
+  const { mode, bandwidth } = values;
   if (mode !== 'raw' && mode !== 'ext4') fail('--mode is raw or ext4');
   const cleanUp: (() => Promise<unknown>)[] = [];
   try {
-    const outcome = await run(mode, cleanUp);
+    const outcome = await run(mode, bandwidth, cleanUp);
     say('summary');
     console.log(summary(outcome));
     const { bad, errors, ramErrors } = outcome.verdict;

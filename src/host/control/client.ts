@@ -1,6 +1,6 @@
 /** The client of the control API: one daemon, reached at the path of its control socket. */
 
-import { Agent, request as httpRequest } from 'node:http';
+import { Agent, request as httpRequest, type IncomingMessage } from 'node:http';
 import { BlockferryError, type ErrorCode, messageOf } from '../../errors.js';
 import type { MachineDefinition, MigrationInfo } from '../../hypervisor/driver.js';
 import type { RetreatProof } from '../service.js';
@@ -152,51 +152,64 @@ export class ControlClient implements HostControl {
     timeoutMs = CALL_TIMEOUT_MS,
   ): Promise<Answer> {
     return new Promise<Answer>((resolve, reject) => {
-      const fail = (reason: string, cause?: unknown): void =>
-        reject(
+      const settle = (error: BlockferryError | null, answer?: object): void => {
+        clearTimeout(timer);
+        if (error) reject(error);
+        else resolve(answer as Answer);
+      };
+      const unreachable = (reason: string, cause?: unknown): void =>
+        settle(
           new BlockferryError('control', `the daemon at ${this.path} cannot be reached: ${reason}`, {
             cause,
           }),
         );
       const text = body === undefined ? '' : JSON.stringify(body);
       const headers = { 'content-type': 'application/json', 'content-length': Buffer.byteLength(text) };
-      const request = httpRequest(
-        { socketPath: this.path, method, path, agent: this.agent, headers },
-        (response) => {
-          const chunks: Buffer[] = [];
-          let length = 0;
-          response.on('data', (chunk: Buffer) => {
-            length += chunk.length;
-            if (length > RESPONSE_BODY_BYTES_MAX) {
-              response.destroy();
-              fail('its answer is too large');
-            } else chunks.push(chunk);
-          });
-          response.on('error', (error) => fail(`its answer broke off (${messageOf(error)})`, error));
-          response.on('end', () => {
-            clearTimeout(timer);
-            const answer = parse(Buffer.concat(chunks).toString('utf8'));
-            if (answer === undefined) return fail('what answers there is no blockferry daemon');
-            if (response.statusCode === 200) return resolve(answer as Answer);
-            reject(refusal(answer, response.statusCode ?? 0));
-          });
-          response.on('close', () => fail('its answer broke off'));
-        },
-      );
-      const timer =
-        timeoutMs === 0
-          ? undefined
-          : setTimeout(() => {
-              fail(`no answer within ${Math.round(timeoutMs / 1000)} s`);
-              request.destroy();
-            }, timeoutMs);
+      const options = { socketPath: this.path, method, path, agent: this.agent, headers };
+      const request = httpRequest(options, (response) => {
+        receive(response, unreachable, (answer) =>
+          response.statusCode === 200
+            ? settle(null, answer)
+            : settle(refusal(answer, response.statusCode ?? 0)),
+        );
+      });
+      const expire = (): void => {
+        unreachable(`no answer within ${Math.round(timeoutMs / 1000)} s`);
+        request.destroy();
+      };
+      const timer = timeoutMs === 0 ? undefined : setTimeout(expire, timeoutMs);
       request.on('error', (error: NodeJS.ErrnoException) => {
-        clearTimeout(timer);
-        fail(REASON[error.code ?? ''] ?? messageOf(error), error);
+        unreachable(REASON[error.code ?? ''] ?? messageOf(error), error);
       });
       request.end(text);
     });
   }
+}
+
+/** Collects an answer; calls one of the two, and then perhaps `unreachable` again, which counts for nothing any more. */
+function receive(
+  response: IncomingMessage,
+  unreachable: (reason: string, cause?: unknown) => void,
+  received: (answer: object) => void,
+): void {
+  const chunks: Buffer[] = [];
+  let length = 0;
+  response.on('data', (chunk: Buffer) => {
+    length += chunk.length;
+    if (length <= RESPONSE_BODY_BYTES_MAX) {
+      chunks.push(chunk);
+      return;
+    }
+    unreachable('its answer is too large');
+    response.destroy();
+  });
+  response.on('error', (error) => unreachable(`its answer broke off (${messageOf(error)})`, error));
+  response.on('end', () => {
+    const answer = parse(Buffer.concat(chunks).toString('utf8'));
+    if (answer === undefined) unreachable('what answers there is no blockferry daemon');
+    else received(answer);
+  });
+  response.on('close', () => unreachable('its answer broke off'));
 }
 
 function volumePath(name: string, verb?: string): string {

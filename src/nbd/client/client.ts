@@ -10,16 +10,23 @@
 
 import type { Socket } from 'node:net';
 import { BlockferryError, messageOf } from '../../errors.js';
-import { type ListedExport, protocolError } from '../codec/client.js';
+import { encodeOption, type ListedExport, protocolError } from '../codec/client.js';
 import {
   Command,
   CommandFlag,
+  Option,
   PAYLOAD_BYTES_DEFAULT,
   PAYLOAD_BYTES_MAX,
   TransmissionFlag,
 } from '../constants.js';
 import { parseNbdUri } from '../uri.js';
-import { type Connection, type ConnectLimits, openConnection, type Receiver } from './connect.js';
+import {
+  type Connection,
+  type ConnectLimits,
+  describeLoss,
+  openConnection,
+  type Receiver,
+} from './connect.js';
 import type { ExportInfo } from './handshake.js';
 import { ReplyReader } from './reply-reader.js';
 import { CLIENT_REQUESTS_MAX, type Extent, type PendingRequest, RequestTable } from './requests.js';
@@ -141,7 +148,8 @@ export class NbdClient implements Receiver {
   static async list(uri: string, limits: ConnectLimits = {}): Promise<ListedExport[]> {
     const connection = await openConnection(parseNbdUri(uri), { kind: 'list' }, limits);
     connection.handTo({ received() {}, ended() {} });
-    connection.socket.destroy();
+    connection.socket.write(encodeOption(Option.ABORT));
+    connection.socket.destroySoon();
     return connection.outcome.kind === 'list' ? connection.outcome.exports : [];
   }
 
@@ -261,12 +269,12 @@ export class NbdClient implements Receiver {
   /** For the connection. */
   ended(error: Error | null): void {
     if (this.#state === 'closed') return;
-    // Hanging up is the answer to DISC.
-    if (error === null && this.#state === 'draining' && this.#table.active === 0) {
+    // Hanging up, in whatever manner, is the answer to DISC.
+    if (this.#state === 'draining' && this.#table.active === 0) {
       this.#over(this.#drainReason);
       return;
     }
-    const why = error === null ? 'the server hung up' : messageOf(error);
+    const why = describeLoss(error);
     this.#over(
       new BlockferryError('closed', `the connection to ${this.#peer} was lost: ${why}`, { cause: error }),
     );

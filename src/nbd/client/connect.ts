@@ -2,7 +2,7 @@
 
 import net from 'node:net';
 import { BlockferryError, messageOf } from '../../errors.js';
-import { protocolError } from '../codec/client.js';
+import { displayable, protocolError } from '../codec/client.js';
 import { HANDSHAKE_TIMEOUT_MS } from '../constants.js';
 import { formatNbdUri, type NbdAddress, type NbdUri } from '../uri.js';
 import { ClientHandshake, type HandshakeGoal, type HandshakeOutcome } from './handshake.js';
@@ -126,11 +126,10 @@ class Attempt implements Receiver {
   ended(error: Error | null): void {
     if (this.#over) return;
     if (!this.#stands) {
-      this.#fail('source-unreachable', messageOf(error ?? 'it was closed'), error);
+      this.#fail('source-unreachable', describeRefusal(error), error);
       return;
     }
-    const why = error === null ? 'the server hung up' : messageOf(error);
-    this.#fail('closed', `${why} before ${this.#handshake.awaiting}`, error);
+    this.#fail('closed', `${describeLoss(error)} before ${this.#handshake.awaiting}`, error);
   }
 
   #timedOut(why: string): void {
@@ -157,6 +156,28 @@ class Attempt implements Receiver {
     clearTimeout(this.#timer);
     this.limits.signal?.removeEventListener('abort', this.#aborted);
   }
+}
+
+/** Why a connection ended, in words. */
+export function describeLoss(error: Error | null): string {
+  if (error === null) return 'the server hung up';
+  // What net throws when each address of a host failed has no message of its own.
+  if (error instanceof AggregateError) return displayable(error.errors.map(messageOf).join(', '));
+  return displayable(error.message);
+}
+
+/** What to do where a connection never came to be, for the reasons that people meet. */
+const ADVICE: Record<string, string> = {
+  ECONNREFUSED: 'nobody listens there, start the server first',
+  ENOENT: 'there is no such socket, start the server first or check the path',
+  ENOTFOUND: 'the host name is not known, check it',
+  EACCES: 'permission denied, run as a user who may use the socket',
+};
+
+function describeRefusal(error: Error | null): string {
+  const first = error instanceof AggregateError ? error.errors[0] : error;
+  const advice = ADVICE[(first as NodeJS.ErrnoException | null)?.code ?? ''];
+  return advice === undefined ? describeLoss(error) : `${advice} (${describeLoss(error)})`;
 }
 
 function dial(address: NbdAddress, callback: (length: number, bytes: Uint8Array) => boolean): net.Socket {

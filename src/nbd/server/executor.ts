@@ -7,6 +7,7 @@
 import type { Logger } from 'pino';
 import { Command, CommandFlag, Errno, IN_FLIGHT_BYTES_MAX, IN_FLIGHT_REQUESTS_MAX } from '../constants.js';
 import { type BlockDevice, LATER } from '../device.js';
+import type { SelectedContext } from './contexts.js';
 import type { RequestHead } from './head.js';
 import type { Output } from './output.js';
 import type { Replies } from './replies.js';
@@ -19,11 +20,6 @@ const SHARED_READ_BYTES_MAX = 128 << 10;
 /** Request objects kept for reuse. */
 const SPARE_REQUESTS_MAX = 256;
 
-export interface Context {
-  readonly id: number;
-  readonly name: string;
-}
-
 export class Executor implements RequestOwner {
   /** Requests the device has. */
   active = 0;
@@ -33,13 +29,16 @@ export class Executor implements RequestOwner {
   abandoned = false;
   silent = false;
 
+  /** A READ's data is being put where the next answer would go: requests completed meanwhile are answered behind it. */
+  #reading = false;
+  readonly #deferred: Request[] = [];
   readonly #spare: Request[] = [];
   #faultLogged = false;
 
   constructor(
     readonly pool: SlabPool,
     private readonly device: BlockDevice,
-    private readonly contexts: readonly Context[],
+    private readonly contexts: readonly SelectedContext[],
     private readonly output: Output,
     private readonly replies: Replies,
     private readonly log: Logger,
@@ -88,6 +87,7 @@ export class Executor implements RequestOwner {
       } else if (errno === LATER) this.#hand(head, this.takeSlab(length));
       else this.replies.error(head.cookieHi, head.cookieLo, failureOf(errno));
     }
+    if (this.#deferred.length > 0) this.#completeDeferred();
   }
 
   #readLong(head: RequestHead): void {
@@ -145,6 +145,11 @@ export class Executor implements RequestOwner {
   }
 
   completed(request: Request, errno: number): void {
+    if (this.#reading) {
+      request.errno = errno;
+      this.#deferred.push(request);
+      return;
+    }
     this.active--;
     this.bytes -= request.charged;
     if (request.reply !== null) this.#statusDone(request, errno);
@@ -157,6 +162,11 @@ export class Executor implements RequestOwner {
     request.clear();
     if (!request.poisoned && this.#spare.length < SPARE_REQUESTS_MAX) this.#spare.push(request);
     this.onCompleted();
+  }
+
+  #completeDeferred(): void {
+    for (const request of this.#deferred) this.completed(request, request.errno);
+    this.#deferred.length = 0;
   }
 
   completedTwice(): void {
@@ -182,11 +192,14 @@ export class Executor implements RequestOwner {
   }
 
   #readNow(offset: number, length: number, buffer: Buffer, at: number): number {
+    this.#reading = true;
     try {
       return this.device.readNow(offset, length, buffer, at);
     } catch (error) {
       this.#fault(error);
       return Errno.EIO;
+    } finally {
+      this.#reading = false;
     }
   }
 

@@ -31,6 +31,7 @@ export class Output {
   /** The current slab is filled up to #at, and sent or batched up to #runStart. */
   #runStart = 0;
   #at = 0;
+  #view: Buffer;
 
   /** The batch: pieces and the slabs they lie in. */
   #pieces: Buffer[] = [];
@@ -50,6 +51,7 @@ export class Output {
     this.#onSpace = onSpace;
     this.#slab = pool.take(OUTPUT_SLAB_BYTES);
     this.buffer = this.#slab.buffer;
+    this.#view = this.buffer;
   }
 
   attach(stream: Duplex): void {
@@ -130,8 +132,18 @@ export class Output {
     if (this.#at === this.#runStart) return;
     this.#slab.references++;
     this.#slabs.push(this.#slab);
-    this.#pieces.push(this.buffer.subarray(this.#runStart, this.#at));
+    this.#pieces.push(
+      this.#runStart === 0 ? this.#fromStart() : this.buffer.subarray(this.#runStart, this.#at),
+    );
     this.#runStart = this.#at;
+  }
+
+  /** At low depth batch after batch is alike: the same view of the same slab serves them all. */
+  #fromStart(): Buffer {
+    if (this.#view.buffer !== this.buffer.buffer || this.#view.length !== this.#at) {
+      this.#view = this.buffer.subarray(0, this.#at);
+    }
+    return this.#view;
   }
 
   #nextSlab(): void {

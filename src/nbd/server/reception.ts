@@ -9,7 +9,7 @@
 
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
-import { dup } from '../../native/index.js';
+import { dup, peerGone } from '../../native/index.js';
 
 /** Bytes one read can bring. */
 export const RECEIVE_BUFFER_BYTES = 256 << 10;
@@ -59,6 +59,12 @@ export class Reception {
 
   resume(): void {
     if (this.#open) this.stream.resume();
+  }
+
+  /** The client is known to send no more, though some of what it sent may not have been read yet. */
+  get peerGone(): boolean {
+    const handle = handleOf(this.stream);
+    return this.stream.destroyed || (handle !== null && peerGone(handle.fd) !== 0);
   }
 
   #openPlain(): void {

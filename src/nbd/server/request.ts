@@ -40,6 +40,8 @@ export class Request implements StatusRequest {
   slab: Slab | null = null;
   /** Memory the session counts for it, bytes. */
   charged = 0;
+  /** What it was completed with, if that is answered later. */
+  errno = 0;
   /** The device threw while it had the request, and may still know it: neither it nor its memory is used again. */
   poisoned = false;
 

@@ -18,7 +18,8 @@ import type net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { Logger } from 'pino';
 import type { BlockDevice } from '../device.js';
-import { type Context, Executor } from './executor.js';
+import type { Session as ConnectionSession, SessionParameters } from './connection.js';
+import { Executor } from './executor.js';
 import { Output } from './output.js';
 import { RequestParser } from './parser.js';
 import { Reception, type Sink } from './reception.js';
@@ -30,26 +31,15 @@ export const FLUSH_TIMEOUT_MS = 30_000;
 /** How long the client may take to close behind our end. */
 export const LINGER_TIMEOUT_MS = 1_000;
 
-export interface Session {
-  /** Resolves when the socket is closed, the device released and every request completed. Never rejects. */
-  readonly closed: Promise<void>;
-  /** Requests from now on get ESHUTDOWN; those in flight finish, their answers are sent, then the session closes. */
-  drain(): Promise<void>;
-  /** Closes at once. Requests in flight are abandoned. */
-  destroy(): void;
+export type { SessionParameters } from './connection.js';
+
+/**
+ * `closed` resolves when the socket is closed, the device released and every request completed; it never rejects. After
+ * `drain` requests get ESHUTDOWN, those in flight finish, their answers are sent, then the session closes.
+ */
+export interface Session extends ConnectionSession {
   /** Requests the device has. */
   readonly inFlight: number;
-}
-
-export interface SessionParameters {
-  readonly device: BlockDevice;
-  /** Structured replies were negotiated. */
-  readonly structured: boolean;
-  /** Selected metadata contexts; each name is one of the device's. */
-  readonly contexts: readonly Context[];
-  /** Bytes of transmission that came with the end of the handshake. */
-  readonly rest: Buffer;
-  readonly log: Logger;
 }
 
 /**
@@ -179,17 +169,26 @@ class TransmissionSession implements Session, Sink {
     return this.#held === null;
   }
 
+  /**
+   * Answers that come between chunks leave once the loop has polled: completions of libuv's pool come one by one, each with
+   * its own tick queue, so that process.nextTick would send each alone (half the throughput at depth 64).
+   */
   readonly #schedule = (): void => {
     if (this.#consuming || this.#scheduled) return;
     this.#scheduled = true;
-    process.nextTick(this.#turn);
+    setImmediate(this.#turn);
   };
 
   /** The device completed requests, or the client took answers. */
   readonly #turn = (): void => {
     this.#scheduled = false;
     if (this.#held !== null && this.#executor.roomy) {
-      if (this.#consume(this.#held, this.#heldAt, this.#heldEnd)) this.#reception.resume();
+      // A client that hung up meanwhile may be back on another connection, and have sent these requests again there, and
+      // others after them: none of what was not begun may be carried out on top.
+      if (this.#reception.peerGone) {
+        this.#output.flush();
+        this.#abandon();
+      } else if (this.#consume(this.#held, this.#heldAt, this.#heldEnd)) this.#reception.resume();
       return;
     }
     this.#output.flush();
