@@ -2,7 +2,7 @@
 import type { Logger } from 'pino';
 import { BlockferryError } from '../errors.js';
 import type { BlockDevice } from '../nbd/device.js';
-import { describeVolume, probeSource } from '../relocation/link.js';
+import { describeVolume, probeSource, volumeDescribed } from '../relocation/link.js';
 import { Relocation, type RelocationTiming } from '../relocation/relocation.js';
 import { GuestDevice, LinkDevice } from '../volume/faces.js';
 import { createProxied, openPlain, reopen } from '../volume/open.js';
@@ -72,6 +72,13 @@ async function openVolume({ stateDir, name, image, mode }: OpenVolumeOptions): P
     throw new BlockferryError(
       'source-mismatch',
       `source ${mode.sourceUri} has ${facts.size} bytes, volume ${name} was announced with ${size}: check the source`,
+    );
+  }
+  const id = volumeDescribed(facts.description);
+  if (mode.kind === 'arrive' && id !== undefined && id !== mode.volumeId) {
+    throw new BlockferryError(
+      'source-mismatch',
+      `source ${mode.sourceUri} is volume ${id}, volume ${name} was announced as ${mode.volumeId}: check the source`,
     );
   }
   return createProxied({

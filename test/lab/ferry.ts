@@ -26,6 +26,8 @@ import { type Call, MemoryDevice } from '../fakes/memory-device.js';
 export const KIB = 1024;
 export const MIB = 1024 * KIB;
 export const BLOCK = 4096;
+/** What a volume that arrives is called by its coordinator. */
+export const VOLUME_ID = '6f1c2f6a-0000-4000-8000-000000000001';
 
 /** FERRY_LOG=debug shows what the daemons would log. */
 export const log = pino({ level: process.env.FERRY_LOG ?? 'silent' }, pino.destination(2));
@@ -112,7 +114,7 @@ export class Lab {
       mode: {
         kind: 'arrive',
         sourceUri: source.uri,
-        volumeId: '6f1c2f6a-0000-4000-8000-000000000001',
+        volumeId: VOLUME_ID,
         generation: 1,
         size: source.device.size,
         rateBytesPerSecond: options.rateBytesPerSecond ?? null,

@@ -6,6 +6,7 @@ import { test } from 'node:test';
 import { BlockferryError } from '../../../src/errors.js';
 import { openVolumeService } from '../../../src/host/open.js';
 import { Errno } from '../../../src/nbd/constants.js';
+import { describeVolume } from '../../../src/relocation/link.js';
 import { MemoryDevice } from '../../fakes/memory-device.js';
 import {
   assertBlocks,
@@ -19,6 +20,7 @@ import {
   quiet,
   readAt,
   until,
+  VOLUME_ID,
   writeAt,
 } from '../../lab/ferry.js';
 
@@ -230,6 +232,15 @@ test('a source of another size than the move announced is refused', async (t) =>
   const source = await lab.source(MIB);
   const announced = { ...source, uri: source.uri, device: { size: 2 * MIB } } as unknown as typeof source;
   await assert.rejects(lab.arrive(announced), code('source-mismatch'));
+});
+
+test('a source that is another volume than the move announced is refused', async (t) => {
+  const lab = new Lab(t);
+  const source = await lab.source(MIB);
+  source.description = describeVolume('another', 1);
+  await assert.rejects(lab.arrive(source), code('source-mismatch'));
+  source.description = describeVolume(VOLUME_ID, 7);
+  await lab.arrive(source);
 });
 
 test('closing a proxy whose source hangs takes no time, and its guests are told', async (t) => {
