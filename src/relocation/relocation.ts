@@ -12,6 +12,9 @@ import { Background } from './background.js';
 import { Fetcher } from './fetcher.js';
 import { Link } from './link.js';
 
+/** A hand-off that failed, for lack of space say, is tried again after so long. */
+const HAND_OFF_RETRY_MS = 1_000;
+
 export interface RelocationOptions {
   background: boolean;
   rateBytesPerSecond: number | null;
@@ -27,6 +30,7 @@ export class Relocation {
   #tellHandedOff: () => void = () => undefined;
   #failHandOff: (error: unknown) => void = () => undefined;
   #handOffError: string | null = null;
+  #retry: NodeJS.Timeout | undefined;
   #over = false;
 
   /** Attaches to a volume in phase standby or relocating, which has a source. */
@@ -87,6 +91,7 @@ export class Relocation {
       if (!(await this.volume.handOff())) return; // not settled yet: the next change of the volume asks again
       if (this.#over) return;
       this.#over = true;
+      this.#handOffError = null;
       this.volume.store.supplier = null;
       this.background.close();
       this.options.log.info(
@@ -96,8 +101,12 @@ export class Relocation {
       await this.link.close();
       this.#tellHandedOff();
     } catch (error) {
+      if (this.#over) return;
+      if (this.#handOffError === null) this.options.log.error({ err: error }, 'hand-off failed');
       this.#handOffError = messageOf(error);
-      this.options.log.error({ error }, 'hand-off failed');
+      if (this.volume.store.failure !== null) return; // nothing becomes durable any more
+      clearTimeout(this.#retry);
+      this.#retry = setTimeout(() => void this.#handOff(), HAND_OFF_RETRY_MS);
     }
   }
 
@@ -133,6 +142,7 @@ export class Relocation {
   async close(): Promise<void> {
     if (this.#over) return;
     this.#over = true;
+    clearTimeout(this.#retry);
     this.background.close();
     await this.link.close();
     this.#failHandOff(
