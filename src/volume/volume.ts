@@ -83,6 +83,11 @@ export class Volume {
     return this.store.image.readOnly;
   }
 
+  /** The image is let go of, or about to be: its descriptor may be another file's any moment. */
+  get closed(): boolean {
+    return this.#closed;
+  }
+
   /** Whether reads by the guest are answered. */
   get readable(): boolean {
     return !this.#closed && guestReads(this.phase);
@@ -281,12 +286,13 @@ export class Volume {
         openBootId: null,
         handoffAt: new Date().toISOString(),
       });
+      clearInterval(this.#timer);
       await this.store.serially(async () => {
-        this.store.presence?.remove();
+        const { presence } = this.store;
         this.store.presence = null;
         this.#enter();
+        presence?.remove(); // last: should that fail, they are in nobody's way, and go at the next opening
       });
-      clearInterval(this.#timer);
       return true;
     });
   }
@@ -351,6 +357,8 @@ export class Volume {
 
   /** The maps are about to be used: should this process die, in this boot presence.live is the truth. */
   async markOpen(): Promise<void> {
-    if (this.store.presence !== null) await this.identity.update({ openBootId: bootId() });
+    const { openBootId } = this.identity.current;
+    if (this.store.presence === null || openBootId === bootId()) return; // as a killed process left it: no space is needed for that
+    await this.identity.update({ openBootId: bootId() });
   }
 }
