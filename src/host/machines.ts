@@ -147,7 +147,7 @@ export class Machines {
     return this.view(name);
   }
 
-  /** Source: from now on only this move may send the machine. Repeatable. */
+  /** Source: from now on only this move may send the machine, and its volumes stay the ones the move means. Repeatable. */
   async claim(name: string, moveId: string): Promise<void> {
     const entry = this.entry(name);
     if (entry.moveId !== null && entry.moveId !== moveId) {
@@ -158,6 +158,8 @@ export class Machines {
     }
     if (!entry.machine) throw new BlockferryError('phase', `machine "${name}" does not run here`);
     entry.moveId = moveId;
+    const { volumes } = this.options;
+    await Promise.all(entry.definition.disks.map(({ volume }) => volumes.service(volume).remember()));
   }
 
   async release(name: string, moveId: string): Promise<void> {

@@ -158,6 +158,13 @@ export class Volume {
     this.#enter();
   }
 
+  /** Stores what the volume is, if that is not done yet: its id is the same from now on, whatever happens to this process. */
+  remember(): Promise<void> {
+    return this.#serially(async () => {
+      if (!this.identity.stored) await this.identity.update({});
+    });
+  }
+
   // Source side
 
   seal(generation: number): Promise<void> {

@@ -207,6 +207,23 @@ test('two machines never get one volume: not when both are started at once, nor 
   });
 });
 
+test('a source whose daemon ends before the seal: the move is undone, nothing is left at the destination', async (t) => {
+  const hosts = new RealHosts(t);
+  const a = await hosts.withMachine('a');
+  const b = await hosts.start('b');
+  const journal = await hosts.plan(a.client, b.client);
+  const [{ name, size, volumeId, generation, sourceUri }] = journal.plan.volumes;
+  await a.client.claim('vm1', journal.plan.id);
+  await b.client.createVolume({ name, size, volumeId, generation, sourceUri });
+  await b.client.incoming('vm1', journal.plan.id, VM);
+  const again = await a.restart();
+  const result = await hosts.go(journal, again.client, b.client, 'back');
+  assert.equal(result.outcome, 'aborted');
+  assert.deepEqual((await b.client.status()).volumes, []);
+  assert.deepEqual((await b.client.status()).vms, []);
+  journal.close();
+});
+
 /** A move up to the takeover, by a coordinator that was killed then. */
 async function switched(hosts: RealHosts, a: RealHost, b: RealHost) {
   const journal = await hosts.plan(a.client, b.client);
