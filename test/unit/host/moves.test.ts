@@ -224,6 +224,21 @@ test('a source whose daemon ends before the seal: the move is undone, nothing is
   journal.close();
 });
 
+test('a source whose process ended by itself has still departed, so that the machine can come back', async (t) => {
+  const hosts = new RealHosts(t);
+  const a = await hosts.withMachine('a');
+  const b = await hosts.start('b');
+  const { journal } = await switched(hosts, a, b);
+  await a.client.migrateContinue('vm1', journal.plan.id);
+  assert.equal((await b.client.waitRunning('vm1', 5000)).running, true);
+  a.machines[0].end(0);
+  await a.machines[0].exited;
+  assert.equal((await hosts.go(journal, a.client, b.client)).outcome, 'moved');
+  journal.close();
+  assert.equal((await a.client.machine('vm1')).state, 'departed');
+  assert.equal((await hosts.move(b.client, a.client)).outcome, 'moved');
+});
+
 /** A move up to the takeover, by a coordinator that was killed then. */
 async function switched(hosts: RealHosts, a: RealHost, b: RealHost) {
   const journal = await hosts.plan(a.client, b.client);
