@@ -180,7 +180,7 @@ export class Daemon {
   private async startMachines(): Promise<void> {
     const { vms, log } = this.options;
     for (const { definition } of vms) this.machines.define(definition);
-    await this.machines.restore();
+    this.machines.restore();
     this.ready = true;
     for (const { definition, autostart } of vms) {
       if (!autostart) continue;

@@ -26,9 +26,11 @@ import { MachineDisks } from './machine-disks.js';
 import { describeExit, end, type MachineEntry, newEntry, tcpHost, watchMachine } from './machine-entry.js';
 import type { DaemonRecord } from './record.js';
 import type { Volumes } from './volumes.js';
-import { KeyedQueue } from './waiting.js';
+import { delay, KeyedQueue } from './waiting.js';
 
 const MACHINES_MAX = 1024;
+/** How often a volume is looked at that a process of an earlier daemon may settle. */
+const UNSEEN_POLL_MS = 100;
 /** Migration statuses in which RAM is under way or the switch is. */
 const UNDER_WAY = new Set([
   'setup',
@@ -69,28 +71,37 @@ export class Machines {
     this.entries.set(definition.name, entry);
   }
 
-  /** Machines that came here by a move, before this daemon was started. The volumes are open. */
-  async restore(): Promise<void> {
+  /** Machines that came here by a move, before this daemon was started. */
+  restore(): void {
     for (const [name, record] of this.options.record.machines()) {
       const entry = newEntry(record.definition);
       entry.departed = record.state === 'departed';
       if (record.state === 'incoming') entry.moveId = record.moveId;
       entry.ran = record.state === 'arrived';
       if (record.state !== 'departed' || !this.entries.has(name)) this.entries.set(name, entry);
-      // The daemon ended between the guest's first write and the note that it runs: only a guest that runs settles a volume.
-      if (record.state !== 'incoming') continue;
-      if (!record.definition.disks.some(({ volume }) => this.options.volumes.settled(volume))) continue;
-      entry.ran = true;
-      await this.options.record
-        .setMachine(name, { ...record, state: 'arrived' })
-        .catch((error: unknown) =>
-          this.options.log.error({ vm: name, err: error }, 'its arrival is not noted'),
-        );
     }
+  }
+
+  /**
+   * Whether the guest ran here though this daemon did not see it: it writes to disks that are served again, or an earlier daemon ended
+   * before it could note its first write. Only a guest that runs settles a volume.
+   */
+  private async ranUnseen(name: string, entry: MachineEntry): Promise<boolean> {
+    const { record, volumes, log } = this.options;
+    if (entry.ran || entry.machine) return entry.ran;
+    const noted = record.machine(name);
+    if (noted?.state !== 'incoming' || noted.moveId !== entry.moveId) return false;
+    if (!entry.definition.disks.some(({ volume }) => volumes.settled(volume))) return false;
+    entry.ran = true;
+    await record
+      .setMachine(name, { ...noted, state: 'arrived' })
+      .catch((error: unknown) => log.error({ vm: name, err: error }, 'its arrival is not noted'));
+    return true;
   }
 
   async view(name: string): Promise<MachineView> {
     const entry = this.entry(name);
+    await this.ranUnseen(name, entry);
     const { machine } = entry;
     const status = machine ? await machine.status().catch(() => null) : null;
     const gone: MachineState = entry.departed
@@ -123,6 +134,7 @@ export class Machines {
       if (entry.machine)
         throw new BlockferryError('exists', `machine "${name}" has a process already (${entry.machine.pid})`);
       if (entry.departed) throw new BlockferryError('phase', `machine "${name}" moved away from this host`);
+      await this.ranUnseen(name, entry);
       if (this.options.record.machine(name)?.state === 'incoming') {
         throw new BlockferryError(
           'phase',
@@ -147,7 +159,7 @@ export class Machines {
     return this.view(name);
   }
 
-  /** Source: from now on only this move may send the machine. Repeatable. */
+  /** Source: from now on only this move may send the machine, and its volumes stay the ones the move means. Repeatable. */
   async claim(name: string, moveId: string): Promise<void> {
     const entry = this.entry(name);
     if (entry.moveId !== null && entry.moveId !== moveId) {
@@ -158,6 +170,8 @@ export class Machines {
     }
     if (!entry.machine) throw new BlockferryError('phase', `machine "${name}" does not run here`);
     entry.moveId = moveId;
+    const { volumes } = this.options;
+    await Promise.all(entry.definition.disks.map(({ volume }) => volumes.service(volume).remember()));
   }
 
   /** The move is over here. A guest that stands still in the middle of it would be forgotten: refused. */
@@ -262,11 +276,22 @@ export class Machines {
 
   /** Destination: true once the guest ran here. */
   async waitRunning(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
+    if (await this.isUnmanaged(name)) return this.waitRanUnseen(name, timeoutMs, signal);
     const { entry, machine } = this.running(name);
     return watchMachine(machine, timeoutMs, signal, async () => {
       if (!entry.ran && (await machine.status()).state === 'running') await this.settle(name, entry);
       return { done: entry.ran || entry.machine !== machine, value: entry.ran };
     });
+  }
+
+  private async waitRanUnseen(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
+    const entry = this.entry(name);
+    for (const deadline = performance.now() + timeoutMs; ; ) {
+      if (await this.ranUnseen(name, entry)) return true;
+      const leftMs = deadline - performance.now();
+      if (leftMs <= 0 || signal.aborted) return false;
+      await delay(Math.min(leftMs, UNSEEN_POLL_MS), signal).catch(() => undefined);
+    }
   }
 
   /** Source: the guest runs elsewhere, its process here ends. Repeatable. */

@@ -201,6 +201,10 @@ class RunningVolume implements VolumeService {
     return this.volume.quiet();
   }
 
+  remember(): Promise<void> {
+    return this.volume.remember();
+  }
+
   seal(generation: number): Promise<void> {
     return this.volume.seal(generation);
   }

@@ -55,6 +55,8 @@ export interface VolumeService {
   /** Resolves when no change of phase is under way: what `status` says is then not about to be untrue. */
   quiet(): Promise<void>;
 
+  /** The id is durable from now on. A plain volume that was only served gets a new one each time it is opened. */
+  remember(): Promise<void>;
   /** Source side. Refuses writes from now on, waits for those under way, makes all durable. Idempotent per generation. */
   seal(generation: number): Promise<void>;
   unseal(proof: RetreatProof): Promise<void>;

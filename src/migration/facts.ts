@@ -40,6 +40,7 @@ export async function observe(from: HostControl, to: HostControl, journal: Journ
   return {
     claimed: machine?.moveId === plan.id,
     source: sourceMachine(machine),
+    departed: machine === null || machine.state === 'departed',
     destination,
     arrived: destination === 'ran' || journal.result('arrivedAt') !== undefined,
     volumes,
@@ -113,7 +114,7 @@ export function applyStep(facts: Facts, step: StepName, proofs: readonly (Retrea
     case 'wait-handoff':
       return { ...facts, volumes: volumes({ destination: 'plain' }) };
     case 'depart':
-      return { ...facts, source: 'absent' };
+      return { ...facts, source: 'absent', departed: true };
     case 'retire':
       return { ...facts, volumes: volumes({ source: 'retired' }) };
     case 'release':

@@ -110,9 +110,12 @@ export class Relocation {
       await this.link.close();
       this.#tellHandedOff();
     } catch (error) {
+      if (this.#over) return;
       // Nothing is lost by it: all is served, and a state folder without room may have some later.
+      if (this.#handOffError === null)
+        this.options.log.error({ why: messageOf(error) }, 'hand-off failed, it is tried again');
       this.#handOffError = messageOf(error);
-      this.options.log.error({ why: this.#handOffError }, 'hand-off failed, it is tried again');
+      if (this.volume.store.failure !== null) return; // nothing becomes durable any more
       clearTimeout(this.#handOffTimer);
       this.#handOffTimer = setTimeout(() => this.#follow(), this.#timing.retryAfterErrorMs).unref();
     }

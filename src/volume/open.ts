@@ -5,7 +5,7 @@ import { basename, join, resolve } from 'node:path';
 import { isDeepStrictEqual } from 'node:util';
 import { BlockferryError } from '../errors.js';
 import { blocksOf, VOLUME_BYTES_MAX } from './blocks.js';
-import { makeFolder, removeFile } from './files.js';
+import { makeFolder, removeFile, syncFolder } from './files.js';
 import { IDENTITY_FILE, type Identity, IdentityFile, readIdentity } from './identity.js';
 import { Image } from './image.js';
 import { hasMaps } from './phase.js';
@@ -260,6 +260,8 @@ async function reopenKnown(
   let presence: Presence | null = null;
   try {
     await refuseStale(folder, known);
+    // A process that was killed may have left a change there that is not durable yet, and all that follows relies on it.
+    await syncFolder(folder);
     if (image.size !== known.size) {
       throw new BlockferryError(
         'state-mismatch',

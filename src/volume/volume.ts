@@ -83,6 +83,11 @@ export class Volume {
     return this.store.image.readOnly;
   }
 
+  /** The image is let go of, or about to be: its descriptor may be another file's any moment. */
+  get closed(): boolean {
+    return this.#closed;
+  }
+
   /** Whether reads by the guest are answered. */
   get readable(): boolean {
     return !this.#closed && guestReads(this.phase);
@@ -151,6 +156,13 @@ export class Volume {
   async #change(change: Partial<Identity>): Promise<void> {
     await this.identity.update(change);
     this.#enter();
+  }
+
+  /** Stores what the volume is, if that is not done yet: its id is the same from now on, whatever happens to this process. */
+  remember(): Promise<void> {
+    return this.#serially(async () => {
+      if (!this.identity.stored) await this.identity.update({});
+    });
   }
 
   // Source side
@@ -281,12 +293,13 @@ export class Volume {
         openBootId: null,
         handoffAt: new Date().toISOString(),
       });
+      clearInterval(this.#timer);
       await this.store.serially(async () => {
-        this.store.presence?.remove();
+        const { presence } = this.store;
         this.store.presence = null;
         this.#enter();
+        presence?.remove(); // last: should that fail, they are in nobody's way, and go at the next opening
       });
-      clearInterval(this.#timer);
       return true;
     });
   }
@@ -352,6 +365,8 @@ export class Volume {
 
   /** The maps are about to be used: should this process die, in this boot presence.live is the truth. */
   async markOpen(): Promise<void> {
-    if (this.store.presence !== null) await this.identity.update({ openBootId: bootId() });
+    const { openBootId } = this.identity.current;
+    if (this.store.presence === null || openBootId === bootId()) return; // as a killed process left it: no space is needed for that
+    await this.identity.update({ openBootId: bootId() });
   }
 }

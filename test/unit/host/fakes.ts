@@ -92,6 +92,7 @@ export class FakeService implements VolumeService {
     };
   }
   async quiet(): Promise<void> {}
+  async remember(): Promise<void> {}
   async seal(generation: number): Promise<void> {
     if (this.phase === 'sealed' && this.sealedFor === generation) return;
     this.require('plain');

@@ -207,6 +207,38 @@ test('two machines never get one volume: not when both are started at once, nor 
   });
 });
 
+test('a source whose daemon ends before the seal: the move is undone, nothing is left at the destination', async (t) => {
+  const hosts = new RealHosts(t);
+  const a = await hosts.withMachine('a');
+  const b = await hosts.start('b');
+  const journal = await hosts.plan(a.client, b.client);
+  const [{ name, size, volumeId, generation, sourceUri }] = journal.plan.volumes;
+  await a.client.claim('vm1', journal.plan.id);
+  await b.client.createVolume({ name, size, volumeId, generation, sourceUri });
+  await b.client.incoming('vm1', journal.plan.id, VM);
+  const again = await a.restart();
+  const result = await hosts.go(journal, again.client, b.client, 'back');
+  assert.equal(result.outcome, 'aborted');
+  assert.deepEqual((await b.client.status()).volumes, []);
+  assert.deepEqual((await b.client.status()).vms, []);
+  journal.close();
+});
+
+test('a source whose process ended by itself has still departed, so that the machine can come back', async (t) => {
+  const hosts = new RealHosts(t);
+  const a = await hosts.withMachine('a');
+  const b = await hosts.start('b');
+  const { journal } = await switched(hosts, a, b);
+  await a.client.migrateContinue('vm1', journal.plan.id);
+  assert.equal((await b.client.waitRunning('vm1', 5000)).running, true);
+  a.machines[0].end(0);
+  await a.machines[0].exited;
+  assert.equal((await hosts.go(journal, a.client, b.client)).outcome, 'moved');
+  journal.close();
+  assert.equal((await a.client.machine('vm1')).state, 'departed');
+  assert.equal((await hosts.move(b.client, a.client)).outcome, 'moved');
+});
+
 /** A move up to the takeover, by a coordinator that was killed then. */
 async function switched(hosts: RealHosts, a: RealHost, b: RealHost) {
   const journal = await hosts.plan(a.client, b.client);
