@@ -15,7 +15,7 @@ import { crashFolders } from '../lab/crash/folders.js';
 import { MIXED } from '../lab/crash/guest.js';
 import { Random, SEED } from '../lab/crash/random.js';
 
-const KILLS = Number(process.env.BLOCKFERRY_CRASH_KILLS ?? 220);
+const KILLS = Number(process.env.BLOCKFERRY_CRASH_KILLS ?? 230);
 const MIB = 1 << 20;
 const MOMENTS: Moment[] = ['work', 'work', 'work', 'work', 'work', 'start', 'flush', 'close'];
 /** Everything is compared after so many kills, a sample after each. */
