@@ -91,6 +91,7 @@ export async function openPlain(options: {
   const image = Image.open(path, { readOnly });
   try {
     await refuseStale(folder, known);
+    refuseOrphanedMaps(folder, image.path);
     checkSize(image.size);
     return new Volume(new IdentityFile(folder, freshIdentity(name, image), { stored: false }), image, null);
   } catch (error) {
@@ -126,6 +127,15 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
     );
   }
   const { image, created } = await imageFor(options.image, options.size);
+  if (image.blockDevice) {
+    // A file that holds data was refused already; what a device holds cannot be told.
+    try {
+      refuseOrphanedMaps(folder, image.path);
+    } catch (error) {
+      image.close();
+      throw error;
+    }
+  }
   let presence: Presence | undefined;
   try {
     const identity: Identity = {
@@ -201,6 +211,19 @@ async function finishCancel(folder: string, known: Identity): Promise<boolean> {
   }
   await removeFile(join(folder, IDENTITY_FILE));
   return true;
+}
+
+/**
+ * Maps say that an image is not complete, or was written to, and nobody knows of which volume: served as it is, or filled anew,
+ * it would be a wrong disk. A creation that died leaves such maps as well, with an image that is empty: that may be made again.
+ */
+function refuseOrphanedMaps(folder: string, imagePath: string): void {
+  if (!Presence.hasFiles(folder)) return;
+  throw new BlockferryError(
+    'state-damaged',
+    `${folder} has presence maps and no ${IDENTITY_FILE}, so ${imagePath} may be incomplete and is not opened: ` +
+      `restore ${IDENTITY_FILE} from a copy, or remove the folder if the image is known to be good or worthless`,
+  );
 }
 
 /** The volume of a folder; undefined where there is none (any more). */

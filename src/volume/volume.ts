@@ -126,6 +126,11 @@ export class Volume {
     return result;
   }
 
+  /** Resolves when the changes of phase that were asked for are over. */
+  async quiet(): Promise<void> {
+    await this.#last;
+  }
+
   #require(transition: Transition, because = ''): void {
     if (allows(this.phase, transition)) return;
     const { from } = TRANSITIONS[transition];

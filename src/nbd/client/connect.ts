@@ -126,7 +126,7 @@ class Attempt implements Receiver {
   ended(error: Error | null): void {
     if (this.#over) return;
     if (!this.#stands) {
-      this.#fail('source-unreachable', describeLoss(error), error);
+      this.#fail('source-unreachable', describeRefusal(error), error);
       return;
     }
     this.#fail('closed', `${describeLoss(error)} before ${this.#handshake.awaiting}`, error);
@@ -164,6 +164,20 @@ export function describeLoss(error: Error | null): string {
   // What net throws when each address of a host failed has no message of its own.
   if (error instanceof AggregateError) return displayable(error.errors.map(messageOf).join(', '));
   return displayable(error.message);
+}
+
+/** What to do where a connection never came to be, for the reasons that people meet. */
+const ADVICE: Record<string, string> = {
+  ECONNREFUSED: 'nobody listens there, start the server first',
+  ENOENT: 'there is no such socket, start the server first or check the path',
+  ENOTFOUND: 'the host name is not known, check it',
+  EACCES: 'permission denied, run as a user who may use the socket',
+};
+
+function describeRefusal(error: Error | null): string {
+  const first = error instanceof AggregateError ? error.errors[0] : error;
+  const advice = ADVICE[(first as NodeJS.ErrnoException | null)?.code ?? ''];
+  return advice === undefined ? describeLoss(error) : `${advice} (${describeLoss(error)})`;
 }
 
 function dial(address: NbdAddress, callback: (length: number, bytes: Uint8Array) => boolean): net.Socket {
