@@ -36,6 +36,7 @@ after(async () => {
   remove();
 });
 
+const EARLIER_BOOT = 'bbbbbbbb-1111-4222-8333-444444444444';
 const resume: OpenMode = { kind: 'resume' };
 
 /** A plain volume with a write that was flushed. */
@@ -104,7 +105,8 @@ async function closedToGuests(bench: Bench, left: Left): Promise<void> {
   if ('phase' in left && (left.phase === 'sealed' || left.phase === 'standby')) await bench.refusesWrites();
 }
 
-function changes(bench: Bench): Change[] {
+/** Ways to come to life. */
+function opening(bench: Bench): Change[] {
   const atOnce = { ...bench.proxying, standby: false } as OpenMode;
   return [
     {
@@ -138,6 +140,27 @@ function changes(bench: Bench): Change[] {
       from: { phase: 'relocating', generation: 2 },
       after: { phase: 'relocating', generation: 2 },
     },
+    {
+      name: 'opening after a loss of power',
+      prepare: async (bench) => {
+        bench.machine.boot(EARLIER_BOOT);
+        await written(bench);
+        await bench.killedAfter(async () => {
+          await bench.open(bench.proxying);
+          await writes(bench);
+          await bench.flush();
+        });
+      },
+      make: (bench) => bench.open(bench.proxying),
+      from: { phase: 'relocating', generation: 2 },
+      after: { phase: 'relocating', generation: 2 },
+    },
+  ];
+}
+
+/** The destination becomes the writer. */
+function takingOver(bench: Bench): Change[] {
+  return [
     {
       name: 'takeover',
       prepare: standby,
@@ -180,6 +203,12 @@ function changes(bench: Bench): Change[] {
       after: { phase: 'relocating', generation: 2 },
       look: noWayBack,
     },
+  ];
+}
+
+/** It does not, after all. */
+function turningBack(bench: Bench): Change[] {
+  return [
     {
       name: 'retreat',
       prepare: relocating,
@@ -214,6 +243,12 @@ function changes(bench: Bench): Change[] {
       again: (left) => 'phase' in left,
       finally: async (bench) => assert.deepEqual(bench.answer, { volumeId: VOLUME_ID, generation: 2 }),
     },
+  ];
+}
+
+/** What was written is made durable. */
+function keeping(bench: Bench): Change[] {
+  return [
     {
       name: 'flush',
       prepare: written,
@@ -263,6 +298,12 @@ function changes(bench: Bench): Change[] {
         bench.compare(readFileSync(bench.image), true, 'the image');
       },
     },
+  ];
+}
+
+/** The source lets go. */
+function leaving(bench: Bench): Change[] {
+  return [
     {
       name: 'seal',
       prepare: plain,
@@ -317,9 +358,11 @@ function changes(bench: Bench): Change[] {
   ];
 }
 
+const CHANGES = [opening, takingOver, turningBack, keeping, leaving];
+
 test('killed before each step of each change of a volume', async (t) => {
   let crashes = 0;
-  for (const change of changes(bench)) {
+  for (const change of CHANGES.flatMap((kind) => kind(bench))) {
     await t.test(change.name, async (t) => {
       try {
         const steps = await bench.everyStep(change);
