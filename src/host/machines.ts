@@ -22,20 +22,15 @@ import type {
   StartOptions,
 } from '../hypervisor/driver.js';
 import type { MachineState, MachineView } from './control/api.js';
-import {
-  describeExit,
-  end,
-  type MachineEntry,
-  newEntry,
-  tcpHost,
-  usesVolume,
-  watchMachine,
-} from './machine-entry.js';
+import { MachineDisks } from './machine-disks.js';
+import { describeExit, end, type MachineEntry, newEntry, tcpHost, watchMachine } from './machine-entry.js';
 import type { DaemonRecord } from './record.js';
 import type { Volumes } from './volumes.js';
-import { KeyedQueue } from './waiting.js';
+import { delay, KeyedQueue } from './waiting.js';
 
 const MACHINES_MAX = 1024;
+/** How often a volume is looked at that a process of an earlier daemon may settle. */
+const UNSEEN_POLL_MS = 100;
 /** Migration statuses in which RAM is under way or the switch is. */
 const UNDER_WAY = new Set([
   'setup',
@@ -63,8 +58,11 @@ export interface MachinesOptions {
 export class Machines {
   private readonly entries = new Map<string, MachineEntry>();
   private readonly queue = new KeyedQueue();
+  private readonly disks: MachineDisks;
 
-  constructor(private readonly options: MachinesOptions) {}
+  constructor(private readonly options: MachinesOptions) {
+    this.disks = new MachineDisks(options.volumes, this.entries, (name) => this.isUnmanaged(name));
+  }
 
   /** Makes a machine known. What was recorded of an earlier move of it counts more than its configuration. */
   define(definition: MachineDefinition): void {
@@ -84,8 +82,26 @@ export class Machines {
     }
   }
 
+  /**
+   * Whether the guest ran here though this daemon did not see it: it writes to disks that are served again, or an earlier daemon ended
+   * before it could note its first write. Only a guest that runs settles a volume.
+   */
+  private async ranUnseen(name: string, entry: MachineEntry): Promise<boolean> {
+    const { record, volumes, log } = this.options;
+    if (entry.ran || entry.machine) return entry.ran;
+    const noted = record.machine(name);
+    if (noted?.state !== 'incoming' || noted.moveId !== entry.moveId) return false;
+    if (!entry.definition.disks.some(({ volume }) => volumes.settled(volume))) return false;
+    entry.ran = true;
+    await record
+      .setMachine(name, { ...noted, state: 'arrived' })
+      .catch((error: unknown) => log.error({ vm: name, err: error }, 'its arrival is not noted'));
+    return true;
+  }
+
   async view(name: string): Promise<MachineView> {
     const entry = this.entry(name);
+    await this.ranUnseen(name, entry);
     const { machine } = entry;
     const status = machine ? await machine.status().catch(() => null) : null;
     const gone: MachineState = entry.departed
@@ -118,9 +134,17 @@ export class Machines {
       if (entry.machine)
         throw new BlockferryError('exists', `machine "${name}" has a process already (${entry.machine.pid})`);
       if (entry.departed) throw new BlockferryError('phase', `machine "${name}" moved away from this host`);
+      await this.ranUnseen(name, entry);
+      if (this.options.record.machine(name)?.state === 'incoming') {
+        throw new BlockferryError(
+          'phase',
+          `machine "${name}" is on its way here by ${entry.moveId} and may still run at its source: continue that with --resume or end it with --abort`,
+        );
+      }
       await this.refuseUnmanaged(name);
-      this.checkDisks(entry.definition, ['plain', 'relocating'], 'start');
-      await this.launch(entry, false);
+      await this.disks.reserve(entry.definition, ['plain', 'relocating'], 'start', () =>
+        this.launch(entry, false),
+      );
       entry.ran = true;
       return this.view(name);
     });
@@ -135,7 +159,7 @@ export class Machines {
     return this.view(name);
   }
 
-  /** Source: from now on only this move may send the machine. Repeatable. */
+  /** Source: from now on only this move may send the machine, and its volumes stay the ones the move means. Repeatable. */
   async claim(name: string, moveId: string): Promise<void> {
     const entry = this.entry(name);
     if (entry.moveId !== null && entry.moveId !== moveId) {
@@ -146,11 +170,22 @@ export class Machines {
     }
     if (!entry.machine) throw new BlockferryError('phase', `machine "${name}" does not run here`);
     entry.moveId = moveId;
+    const { volumes } = this.options;
+    await Promise.all(entry.definition.disks.map(({ volume }) => volumes.service(volume).remember()));
   }
 
+  /** The move is over here. A guest that stands still in the middle of it would be forgotten: refused. */
   async release(name: string, moveId: string): Promise<void> {
     const entry = this.entries.get(name);
-    if (entry?.moveId === moveId) entry.moveId = null;
+    if (entry?.moveId !== moveId) return;
+    const { machine, sent } = entry;
+    if (machine && sent && UNDER_WAY.has((await machine.queryMigrate()).status)) {
+      throw new BlockferryError(
+        'phase',
+        `machine "${name}" is still on its way: revive it, or let it arrive`,
+      );
+    }
+    entry.moveId = null;
   }
 
   /** Destination: starts a process that waits for the source's. Repeated for the same move it answers with the one there is. */
@@ -171,21 +206,25 @@ export class Machines {
         throw new BlockferryError('no-space', `this daemon has ${MACHINES_MAX} machines and takes no more`);
       }
       await this.refuseUnmanaged(name);
-      this.checkDisks(definition, ['standby'], 'receive');
       const entry = newEntry(definition);
       entry.moveId = moveId;
       entry.before = present?.before ?? { record: this.options.record.machine(name), entry: present };
-      await this.options.record.setMachine(name, { state: 'incoming', moveId, definition });
-      this.entries.set(name, entry);
-      try {
-        const machine = await this.launch(entry, true);
-        entry.incomingUri = await machine.incoming(`tcp:${tcpHost(this.options.migrationAddress)}:0`);
-        return { uri: entry.incomingUri };
-      } catch (error) {
-        await this.forget(name, entry);
-        throw error;
-      }
+      return this.disks.reserve(definition, ['standby'], 'receive', () => this.receive(name, moveId, entry));
     });
+  }
+
+  private async receive(name: string, moveId: string, entry: MachineEntry): Promise<{ uri: string }> {
+    const { definition } = entry;
+    await this.options.record.setMachine(name, { state: 'incoming', moveId, definition });
+    this.entries.set(name, entry);
+    try {
+      const machine = await this.launch(entry, true);
+      entry.incomingUri = await machine.incoming(`tcp:${tcpHost(this.options.migrationAddress)}:0`);
+      return { uri: entry.incomingUri };
+    } catch (error) {
+      await this.forget(name, entry);
+      throw error;
+    }
   }
 
   async migrate(
@@ -228,7 +267,7 @@ export class Machines {
   async revive(name: string, moveId: string): Promise<void> {
     await this.queue.run(name, async () => {
       const { entry, machine } = this.claimed(name, moveId);
-      this.checkDisks(entry.definition, ['plain', 'relocating'], 'run on');
+      await this.disks.check(entry.definition, ['plain', 'relocating'], 'run on');
       if (entry.sent && UNDER_WAY.has((await machine.queryMigrate()).status)) await machine.cancelMigration();
       const { state } = await machine.status();
       if (state !== 'running') await machine.resume();
@@ -237,11 +276,22 @@ export class Machines {
 
   /** Destination: true once the guest ran here. */
   async waitRunning(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
+    if (await this.isUnmanaged(name)) return this.waitRanUnseen(name, timeoutMs, signal);
     const { entry, machine } = this.running(name);
     return watchMachine(machine, timeoutMs, signal, async () => {
       if (!entry.ran && (await machine.status()).state === 'running') await this.settle(name, entry);
       return { done: entry.ran || entry.machine !== machine, value: entry.ran };
     });
+  }
+
+  private async waitRanUnseen(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
+    const entry = this.entry(name);
+    for (const deadline = performance.now() + timeoutMs; ; ) {
+      if (await this.ranUnseen(name, entry)) return true;
+      const leftMs = deadline - performance.now();
+      if (leftMs <= 0 || signal.aborted) return false;
+      await delay(Math.min(leftMs, UNSEEN_POLL_MS), signal).catch(() => undefined);
+    }
   }
 
   /** Source: the guest runs elsewhere, its process here ends. Repeatable. */
@@ -255,7 +305,7 @@ export class Machines {
           `machine "${name}" is being moved by ${entry.moveId}, not by ${moveId}`,
         );
       }
-      this.checkDisks(entry.definition, ['sealed', 'retired', 'absent'], 'leave');
+      await this.disks.check(entry.definition, ['sealed', 'retired', 'absent'], 'leave');
       await this.options.record.setMachine(name, { state: 'departed', moveId, definition: entry.definition });
       entry.departed = true;
       await entry.machine?.stop();
@@ -271,7 +321,7 @@ export class Machines {
         throw new BlockferryError('exists', `machine "${name}" here did not come with move ${moveId}`);
       }
       await this.refuseUnmanaged(name);
-      this.checkDisks(entry.definition, ['standby', 'absent', 'unavailable'], 'be discarded');
+      await this.disks.check(entry.definition, ['standby', 'absent', 'unavailable'], 'be discarded');
       await this.forget(name, entry);
     });
   }
@@ -315,30 +365,6 @@ export class Machines {
   private async isUnmanaged(name: string): Promise<boolean> {
     if (this.entries.get(name)?.machine) return false;
     return this.options.hasLeftover(name);
-  }
-
-  private checkDisks(definition: MachineDefinition, phases: readonly string[], verb: string): void {
-    for (const { volume } of definition.disks) {
-      const phase = this.options.volumes.phase(volume);
-      if (!phases.includes(phase)) {
-        throw new BlockferryError(
-          'phase',
-          `machine "${definition.name}" cannot ${verb}: its volume "${volume}" is ${phase}`,
-        );
-      }
-      for (const other of this.entries.values()) {
-        if (
-          other.machine &&
-          other.definition.name !== definition.name &&
-          usesVolume(other.definition, volume)
-        ) {
-          throw new BlockferryError(
-            'exists',
-            `volume "${volume}" is in use by machine "${other.definition.name}"`,
-          );
-        }
-      }
-    }
   }
 
   private async launch(entry: MachineEntry, incoming: boolean): Promise<Machine> {

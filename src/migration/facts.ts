@@ -40,6 +40,7 @@ export async function observe(from: HostControl, to: HostControl, journal: Journ
   return {
     claimed: machine?.moveId === plan.id,
     source: sourceMachine(machine),
+    departed: machine === null || machine.state === 'departed',
     destination,
     arrived: destination === 'ran' || journal.result('arrivedAt') !== undefined,
     volumes,
@@ -59,9 +60,10 @@ function sourceMachine(view: MachineView | null): SourceMachine {
   if (view === null || view.pid === null) return 'absent';
   const status = view.migration?.status ?? 'none';
   if (status === 'setup' || status === 'active' || status === 'cancelling') return 'migrating';
-  if (view.state === 'running') return 'running';
+  // Asked for after the state, and so newer: it was running a moment ago and stands still now.
   if (status === 'pre-switchover') return 'pre-switchover';
   if (status === 'device') return 'switching';
+  if (view.state === 'running') return 'running';
   return status === 'completed' ? 'sent' : 'halted';
 }
 
@@ -112,7 +114,7 @@ export function applyStep(facts: Facts, step: StepName, proofs: readonly (Retrea
     case 'wait-handoff':
       return { ...facts, volumes: volumes({ destination: 'plain' }) };
     case 'depart':
-      return { ...facts, source: 'absent' };
+      return { ...facts, source: 'absent', departed: true };
     case 'retire':
       return { ...facts, volumes: volumes({ source: 'retired' }) };
     case 'release':

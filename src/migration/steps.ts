@@ -37,6 +37,8 @@ export interface Facts {
   /** The source's machine is claimed by this move. */
   claimed: boolean;
   source: SourceMachine;
+  /** The source has noted that the machine left, or never knew it: a process that is gone says nothing of that. */
+  departed: boolean;
   destination: DestinationMachine;
   /** The guest was seen to run at the destination, now or earlier. */
   arrived: boolean;
@@ -157,7 +159,7 @@ function finish(facts: Facts): Next {
     };
   }
   if (facts.volumes.some((volume) => volume.destination === 'relocating')) return step('wait-handoff');
-  if (facts.source !== 'absent') return step('depart');
+  if (facts.source !== 'absent' || !facts.departed) return step('depart');
   if (facts.volumes.some((volume) => volume.source !== 'retired')) return step('retire');
   return facts.claimed ? step('release') : { kind: 'done' };
 }

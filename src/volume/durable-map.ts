@@ -78,12 +78,20 @@ export class DurableMap {
     this.#newest = new Uint8Array(this.#pages);
   }
 
-  /** A new, empty map, whose size is durable; an old file is replaced. */
+  /** A new, empty map, whose size and space are durable: no commit finds the disk full. An old file is replaced. */
   static async create(path: string, volumeId: string, bits: number, epoch: number): Promise<DurableMap> {
     const fd = openSync(path, constants.O_RDWR | constants.O_CREAT | constants.O_TRUNC, 0o600);
     try {
       const map = new DurableMap(path, fd, volumeId, bits, epoch);
-      ftruncateSync(fd, PAGES_AT + 2 * map.#pages * SLOT_BYTES);
+      const bytes = PAGES_AT + 2 * map.#pages * SLOT_BYTES;
+      const done = await native.allocate(fd, 0, bytes);
+      if (done === -native.ERRNO.EOPNOTSUPP) ftruncateSync(fd, bytes);
+      else if (done < 0) {
+        throw new BlockferryError(
+          'no-space',
+          `no room for the presence map ${path} (${bytes} bytes): free some space`,
+        );
+      }
       await map.#sync();
       return map;
     } catch (error) {

@@ -63,7 +63,10 @@ export class GuestDevice implements BlockDevice {
   release(): void {}
 }
 
-/** What another host's link reads: never writable, and readable also while the volume is sealed. */
+/**
+ * What another host's link reads: never writable, and readable also while the volume is sealed. Its sessions may outlive the volume,
+ * which goes when it makes room for one that comes back.
+ */
 export class LinkDevice implements BlockDevice {
   readonly size: number;
   readonly readOnly = true;
@@ -72,13 +75,13 @@ export class LinkDevice implements BlockDevice {
   readonly contexts = CONTEXTS;
   readonly #store: BlockStore;
 
-  constructor(volume: Volume) {
+  constructor(private readonly volume: Volume) {
     this.#store = volume.store;
     this.size = volume.size;
   }
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
-    return this.#store.readNow(offset, length, buffer, at);
+    return this.volume.closed ? Errno.ESHUTDOWN : this.#store.readNow(offset, length, buffer, at);
   }
 
   writeNow(): number {
@@ -86,7 +89,8 @@ export class LinkDevice implements BlockDevice {
   }
 
   read(request: IoRequest): void {
-    this.#store.read(request);
+    if (this.volume.closed) request.complete(Errno.ESHUTDOWN);
+    else this.#store.read(request);
   }
 
   write(request: IoRequest): void {
@@ -106,11 +110,13 @@ export class LinkDevice implements BlockDevice {
   }
 
   cache(request: IoRequest): void {
-    this.#store.cache(request);
+    if (this.volume.closed) request.complete(Errno.ESHUTDOWN);
+    else this.#store.cache(request);
   }
 
   status(request: StatusRequest): void {
-    this.#store.status(request);
+    if (this.volume.closed) request.complete(Errno.ESHUTDOWN);
+    else this.#store.status(request);
   }
 
   release(): void {}

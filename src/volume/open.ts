@@ -1,12 +1,11 @@
 /** The ways to get hold of a volume: as a plain image, new with a source, or from what an earlier process left. */
 import { randomUUID } from 'node:crypto';
-import { existsSync, mkdirSync, readdirSync, realpathSync, rmSync } from 'node:fs';
-import { mkdir } from 'node:fs/promises';
+import { existsSync, readdirSync, realpathSync, rmSync } from 'node:fs';
 import { basename, join, resolve } from 'node:path';
 import { isDeepStrictEqual } from 'node:util';
 import { BlockferryError } from '../errors.js';
 import { blocksOf, VOLUME_BYTES_MAX } from './blocks.js';
-import { removeFile } from './files.js';
+import { makeFolder, removeFile, syncFolder } from './files.js';
 import { IDENTITY_FILE, type Identity, IdentityFile, readIdentity } from './identity.js';
 import { Image } from './image.js';
 import { hasMaps } from './phase.js';
@@ -149,7 +148,7 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
       imageCreated: created,
       openBootId: bootId(),
     };
-    await mkdir(folder, { recursive: true, mode: 0o700 });
+    await makeFolder(folder);
     presence = await Presence.create(folder, identity, blocksOf(image.size));
     const file = new IdentityFile(folder, identity, { stored: false });
     await file.update({});
@@ -164,7 +163,7 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
 
 async function imageFor(path: string, size: number): Promise<{ image: Image; created: boolean }> {
   if (!existsSync(path)) {
-    mkdirSync(resolve(path, '..'), { recursive: true });
+    await makeFolder(resolve(path, '..'), 0o777);
     return { image: await Image.create(path, size), created: true };
   }
   const image = Image.open(path);
@@ -261,6 +260,8 @@ async function reopenKnown(
   let presence: Presence | null = null;
   try {
     await refuseStale(folder, known);
+    // A process that was killed may have left a change there that is not durable yet, and all that follows relies on it.
+    await syncFolder(folder);
     if (image.size !== known.size) {
       throw new BlockferryError(
         'state-mismatch',

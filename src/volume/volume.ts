@@ -83,6 +83,11 @@ export class Volume {
     return this.store.image.readOnly;
   }
 
+  /** The image is let go of, or about to be: its descriptor may be another file's any moment. */
+  get closed(): boolean {
+    return this.#closed;
+  }
+
   /** Whether reads by the guest are answered. */
   get readable(): boolean {
     return !this.#closed && guestReads(this.phase);
@@ -126,6 +131,11 @@ export class Volume {
     return result;
   }
 
+  /** Resolves when the changes of phase that were asked for are over. */
+  async quiet(): Promise<void> {
+    await this.#last;
+  }
+
   #require(transition: Transition, because = ''): void {
     if (allows(this.phase, transition)) return;
     const { from } = TRANSITIONS[transition];
@@ -146,6 +156,13 @@ export class Volume {
   async #change(change: Partial<Identity>): Promise<void> {
     await this.identity.update(change);
     this.#enter();
+  }
+
+  /** Stores what the volume is, if that is not done yet: its id is the same from now on, whatever happens to this process. */
+  remember(): Promise<void> {
+    return this.#serially(async () => {
+      if (!this.identity.stored) await this.identity.update({});
+    });
   }
 
   // Source side
@@ -276,12 +293,13 @@ export class Volume {
         openBootId: null,
         handoffAt: new Date().toISOString(),
       });
+      clearInterval(this.#timer);
       await this.store.serially(async () => {
-        this.store.presence?.remove();
+        const { presence } = this.store;
         this.store.presence = null;
         this.#enter();
+        presence?.remove(); // last: should that fail, they are in nobody's way, and go at the next opening
       });
-      clearInterval(this.#timer);
       return true;
     });
   }
@@ -297,9 +315,10 @@ export class Volume {
       }
       const proof = { volumeId: this.id, generation: this.generation + 1 };
       await this.#shut();
-      // A standby without maps is taken for a cancelled one: should this process die now, the rest is done at the next opening.
-      await this.store.serially(async () => this.store.presence?.remove());
-      await syncFolder(this.identity.folder);
+      // Should this process die, the next finds a standby that was closed, or one without maps, which is taken for a cancelled one: the
+      // rest is done at its opening.
+      await this.identity.update({ openBootId: null });
+      await this.store.serially(async () => this.store.presence?.discard());
       if (this.identity.current.imageCreated) await this.#deleteImage();
       await this.identity.remove();
       this.store.image.close();
@@ -346,6 +365,8 @@ export class Volume {
 
   /** The maps are about to be used: should this process die, in this boot presence.live is the truth. */
   async markOpen(): Promise<void> {
-    if (this.store.presence !== null) await this.identity.update({ openBootId: bootId() });
+    const { openBootId } = this.identity.current;
+    if (this.store.presence === null || openBootId === bootId()) return; // as a killed process left it: no space is needed for that
+    await this.identity.update({ openBootId: bootId() });
   }
 }

@@ -10,6 +10,7 @@ import {
 } from '../../../src/migration/steps.js';
 
 const SOURCES = ['running', 'migrating', 'pre-switchover', 'switching', 'sent', 'halted', 'absent'] as const;
+const SOURCES_DEPARTED = [...SOURCES.map((source) => [source, false] as const), ['absent', true] as const];
 const DESTINATIONS = ['absent', 'listed', 'incoming', 'ran'] as const;
 const PROOF = { volumeId: 'x', generation: 5 };
 const VOLUMES: VolumeFacts[] = (['plain', 'sealed', 'retired', 'other'] as const).flatMap((source) =>
@@ -21,14 +22,14 @@ const VOLUMES: VolumeFacts[] = (['plain', 'sealed', 'retired', 'other'] as const
 /** Every combination with two volumes. */
 function everyFact(act: (facts: Facts, direction: Direction, next: Next) => void): number {
   let count = 0;
-  for (const source of SOURCES)
+  for (const [source, departed] of SOURCES_DEPARTED)
     for (const destination of DESTINATIONS)
       for (const claimed of [true, false])
         for (const arrived of destination === 'ran' ? [true] : [true, false])
           for (const a of VOLUMES)
             for (const b of VOLUMES)
               for (const direction of ['forward', 'back'] as const) {
-                const facts = { source, destination, claimed, arrived, volumes: [a, b] };
+                const facts = { source, departed, destination, claimed, arrived, volumes: [a, b] };
                 act(facts, direction, nextStep(facts, direction));
                 count += 1;
               }
@@ -59,8 +60,8 @@ const ALLOWED: Partial<Record<StepName, (facts: Facts) => boolean>> = {
     volumes.every((volume) => volume.source !== 'sealed' && !took(volume)),
   retreat: ({ arrived, volumes }) => !arrived && volumes.some(took),
   depart: ({ arrived, volumes }) => arrived && volumes.every((volume) => volume.destination === 'plain'),
-  retire: ({ arrived, source, volumes }) =>
-    arrived && source === 'absent' && volumes.every((volume) => volume.destination === 'plain'),
+  retire: ({ arrived, source, departed, volumes }) =>
+    arrived && source === 'absent' && departed && volumes.every((volume) => volume.destination === 'plain'),
 };
 
 describe('nextStep', () => {

@@ -1,11 +1,12 @@
 /** Closing, cancelling, and a kill or a crash at any moment of each change of phase. */
 import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
-import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, unlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, test } from 'node:test';
 import { setImmediate } from 'node:timers/promises';
 import { CommandFlag, Errno } from '../../../src/nbd/constants.js';
+import { GuestDevice, LinkDevice } from '../../../src/volume/faces.js';
 import { readIdentity } from '../../../src/volume/identity.js';
 import { Image } from '../../../src/volume/image.js';
 import { createProxied, reopen } from '../../../src/volume/open.js';
@@ -251,13 +252,31 @@ describe('close', () => {
     await volume.close();
   });
 
-  test('a seal waits for a zero under way and makes it durable', async () => {
+  test('a seal waits for a zero under way, and is answered when all is durable', async () => {
     const volume = await volumeIn('plain');
     const zero = new Io(0, B);
     volume.store.zero(zero);
+    const { image } = volume.store;
+    const sync = image.sync.bind(image);
+    let synced = 0;
+    image.sync = () => {
+      assert.deepEqual([zero.errno, volume.phase], [Errno.OK, 'plain']);
+      synced++;
+      return sync();
+    };
     await volume.seal(2);
-    assert.equal(zero.errno, Errno.OK);
+    assert.equal(synced, 1);
     assert.ok(read(volume, 0, B).equals(Buffer.alloc(B)));
+  });
+
+  test('a seal that cannot make all durable fails, and the volume is plain still', async () => {
+    const root = host();
+    const volume = await volumeIn('plain', root);
+    volume.store.image.sync = async () => -5;
+    await assert.rejects(volume.seal(2), failsWith('image-io'));
+    assert.equal(volume.phase, 'plain');
+    assert.equal(await readIdentity(folderOf(root)), undefined);
+    assert.equal(volume.store.writeNow(0, B, patterned(B), 0), Errno.OK);
   });
 });
 
@@ -313,4 +332,47 @@ test('changed maps become durable when nobody flushes', async (t) => {
   t.mock.timers.tick(10_000);
   await until(() => volume.store.presence?.changed === false, 'the commit');
   await volume.close();
+});
+
+describe('a full or failing disk under the state', () => {
+  /** From now on volume.json cannot be replaced, as when there is no room for its draft. */
+  const block = (root: string): string => {
+    const draft = join(folderOf(root), 'volume.json.next');
+    mkdirSync(draft, { recursive: true });
+    return draft;
+  };
+
+  test('a volume whose process was killed opens again without any room', async () => {
+    const root = host();
+    await volumeIn('relocating, written', root);
+    const left = afterKill(root);
+    block(left);
+    const volume = await reopened(left);
+    assert.equal(volume.phase, 'relocating');
+  });
+
+  test('maps that cannot be removed at the hand-off are in nobody’s way', async () => {
+    const root = host();
+    const volume = await volumeIn('relocating, written', root);
+    volume.store.fill(volume.store.epoch, 0, volume.store.blocks, patterned(SIZE, 7), 0);
+    const map = join(folderOf(root), 'presence.map');
+    unlinkSync(map);
+    mkdirSync(join(map, 'in the way'), { recursive: true });
+    await assert.rejects(volume.handOff());
+    assert.equal(volume.phase, 'plain');
+    const buffer = Buffer.alloc(B);
+    assert.equal(new GuestDevice(volume).readNow(0, B, buffer, 0), 0);
+    assert.deepEqual(buffer, patterned(SIZE, 7).subarray(0, B));
+    assert.equal(await volume.handOff(), true);
+  });
+});
+
+test('a closed volume answers nothing to a link session that outlives it: its descriptor may be another file by then', async () => {
+  const volume = await volumeIn('plain');
+  const link = new LinkDevice(volume);
+  await volume.close();
+  assert.equal(link.readNow(0, B, Buffer.alloc(B), 0), Errno.ESHUTDOWN);
+  const read = new Io(0, B);
+  link.read(read);
+  assert.equal(read.errno, Errno.ESHUTDOWN);
 });

@@ -1,0 +1,67 @@
+// The conformance suite against a real `blockferry serve`: nothing may fail, and only what is named here may be not offered.
+import assert from 'node:assert/strict';
+import { mkdtempSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { after, before, test } from 'node:test';
+import { DaemonProcess } from '../../lab/hosts.js';
+import { CASES, runCase } from './suite.js';
+import { probe, type Target } from './target.js';
+
+const SIZE = 80 << 20;
+/** What blockferry does not offer, or not to this client; the cases' reasons. */
+const NOT_OFFERED: readonly string[] = [
+  'TLS',
+  'extended headers',
+  'a server without NO_ZEROES',
+  'a server without CACHE',
+  'a server without TRIM',
+  'a minimum block above 1',
+  "libnbd's Python module",
+  '/usr/bin/python3',
+];
+
+let folder: string;
+const daemons: DaemonProcess[] = [];
+let target: Target;
+
+async function serve(name: string, ...options: string[]): Promise<string> {
+  const image = join(folder, `${name}.img`);
+  writeFileSync(image, '');
+  truncateSync(image, SIZE);
+  const listen = `unix:${join(folder, `${name}.sock`)}`;
+  const words = ['serve', image, '--name', name, '--listen', listen, '--state-dir', join(folder, name)];
+  const daemon = await DaemonProcess.start([...words, ...options]);
+  daemons.push(daemon);
+  return daemon.uris[0]!;
+}
+
+before(async () => {
+  folder = mkdtempSync(join(tmpdir(), 'blockferry-conformance-'));
+  target = await probe({ uri: await serve('disk'), readOnlyUri: await serve('still', '--read-only') });
+});
+
+after(async () => {
+  const codes = await Promise.all(daemons.map((daemon) => daemon.stop()));
+  rmSync(folder, { recursive: true });
+  assert.deepEqual(
+    codes,
+    daemons.map(() => 0),
+    'the daemons end in order',
+  );
+});
+
+test('there are at least 150 cases, each with a name of its own', () => {
+  assert.ok(CASES.length >= 150);
+  assert.equal(new Set(CASES.map(({ name }) => name)).size, CASES.length);
+});
+
+for (const one of CASES)
+  test(`${one.clause} ${one.level} ${one.name}`, async (t) => {
+    const { outcome, detail } = await runCase(one, target);
+    assert.notEqual(outcome, 'fail', detail);
+    if (outcome === 'not offered') {
+      assert.ok(NOT_OFFERED.includes(detail), `not offered: ${detail}`);
+      t.skip(`not offered: ${detail}`);
+    }
+  });
