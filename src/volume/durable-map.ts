@@ -28,7 +28,7 @@
  */
 import { closeSync, constants, fstatSync, ftruncateSync, openSync, readSync } from 'node:fs';
 import { crc32 } from 'node:zlib';
-import { BlockferryError } from '../errors.js';
+import { BlockferryError, messageOf } from '../errors.js';
 import * as native from '../native/index.js';
 
 const SLOT_BYTES = 4096;
@@ -114,7 +114,7 @@ export class DurableMap {
     } catch (cause) {
       throw new BlockferryError(
         'state-damaged',
-        `cannot open the presence map ${path}: restore it from a copy`,
+        `cannot open the presence map ${path} (${messageOf(cause)}), so the volume is not opened: restore it from a copy`,
         { cause },
       );
     }

@@ -62,7 +62,7 @@ export async function readIdentity(folder: string): Promise<Identity | undefined
   try {
     return schema.parse(JSON.parse(text));
   } catch (cause) {
-    const why = cause instanceof z.ZodError ? z.prettifyError(cause).replaceAll('\n', ' ') : messageOf(cause);
+    const why = cause instanceof z.ZodError ? describe(cause) : messageOf(cause);
     throw new BlockferryError(
       'state-damaged',
       `${path} is damaged (${why}): the volume is not opened, restore that file from a copy`,
@@ -71,11 +71,19 @@ export async function readIdentity(folder: string): Promise<Identity | undefined
   }
 }
 
+/** "size: Invalid input; phase: ...", of the first few. */
+function describe(error: z.ZodError): string {
+  const issues = error.issues.slice(0, 3);
+  return issues
+    .map(({ path, message }) => `${path.length === 0 ? 'the file' : path.join('.')}: ${message}`)
+    .join('; ');
+}
+
 /** What could not be read back is not written either: a volume would be lost to a wrong number from a peer. */
 function checkStorable(identity: Identity): void {
   const { error } = schema.safeParse(identity);
   if (error === undefined) return;
-  const why = z.prettifyError(error).replaceAll('\n', ' ');
+  const why = describe(error);
   throw new BlockferryError('usage', `volume ${identity.name} cannot be stored like this (${why})`);
 }
 

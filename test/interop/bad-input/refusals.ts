@@ -1,6 +1,7 @@
 /** What every refusal of ours has in common: an exit code, one line that says what to do, and nothing that changed. */
 
 import assert from 'node:assert/strict';
+import type { ChildProcess } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { lstatSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -8,6 +9,7 @@ import { join } from 'node:path';
 import { type Finished, runBlockferry } from '../../lab/hosts.js';
 
 const LINE_BYTES_MAX = 1000;
+const REFUSAL_TIMEOUT_MS = 20_000;
 
 /** Calls `scenario` with a folder of its own. */
 export async function inFolder(scenario: (folder: string) => Promise<void>): Promise<void> {
@@ -21,7 +23,13 @@ export async function inFolder(scenario: (folder: string) => Promise<void>): Pro
 
 /** `blockferry WORDS...` must fail with that code and one line on stderr like that. Gives the line. */
 export async function refused(words: readonly string[], code: 1 | 2, line: RegExp): Promise<string> {
-  const finished = await runBlockferry(words);
+  let timer: NodeJS.Timeout | undefined;
+  const onStart = (child: ChildProcess): void => {
+    // What is not refused would run for ever.
+    timer = setTimeout(() => child.kill('SIGKILL'), REFUSAL_TIMEOUT_MS);
+  };
+  const finished = await runBlockferry(words, { onStart });
+  clearTimeout(timer);
   assertRefusal(finished, code, line, words.join(' '));
   return finished.stderr;
 }
