@@ -157,7 +157,10 @@ export class Transmission {
   async fails(asked: Asked, ...errnos: number[]): Promise<Answer> {
     const answer = await this.ask(asked);
     const expected = errnos.map(errnoName).join(' or ');
-    assert.ok(errnos.includes(answer.errno), `the answer is ${expected}, not ${errnoName(answer.errno)}`);
+    assert.ok(
+      errnos.includes(answer.errno),
+      `answered with ${errnoName(answer.errno)} instead of ${expected}`,
+    );
     return answer;
   }
 

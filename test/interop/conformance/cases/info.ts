@@ -48,7 +48,7 @@ const malformedCases = BOTH.flatMap(([what, number]) =>
 const bothCases = BOTH.flatMap(([what, number]) => [
   must('C1', `${what} answers INFO_EXPORT before ACK`, async (lab) => {
     const facts = await (await lab.haggle()).describe(number, lab.name);
-    assert.ok(facts.size > 0n);
+    assert.ok(facts.size > 0n, 'the size is 0');
   }),
   must('C1', `${what}: unknown information requests are ignored`, async (lab) => {
     await (await lab.haggle()).describe(number, lab.name, [0x8000, 0x1234, 4, 0xffff]);

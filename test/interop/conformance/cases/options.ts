@@ -221,11 +221,14 @@ const listCases = [
     await haggle.refused(Option.LIST, Buffer.from('x'), ERR_INVALID);
     await haggle.goesOn();
   }),
-  must('C1', 'LIST twice answers twice the same', async (lab) => {
+  must('C1', 'LIST a second time answers the same, or with an error', async (lab) => {
     lab.needs(lab.target.lists, 'LIST');
     const haggle = await lab.haggle();
     const first = listedOf(await haggle.agreed(Option.LIST));
-    assert.deepEqual(listedOf(await haggle.agreed(Option.LIST)), first);
+    const { all, final } = await haggle.ask(Option.LIST);
+    if (final === ACK) assert.deepEqual(listedOf(all.slice(0, -1)), first);
+    await haggle.goesOn();
+    return nameOf(final);
   }),
   must('C1', 'LIST does not end the handshake: GO follows', async (lab) => {
     const haggle = await lab.haggle();

@@ -120,7 +120,7 @@ const replyCases = [
   }),
   should('C2', 'with structured replies: errors of other commands are error chunks', async (lab) => {
     lab.needsStructured();
-    assert.ok(!(await (await lab.go()).ask({ command: 99 })).simple);
+    assert.ok(!(await (await lab.go()).ask({ command: 99 })).simple, 'answered with a simple reply');
   }),
   must('C2', 'with structured replies: an error message is UTF-8 of at most 4096 bytes', async (lab) => {
     lab.needsStructured();
