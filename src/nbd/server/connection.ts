@@ -29,6 +29,8 @@ export interface SessionParameters {
   /** The first bytes of transmission, which came together with the end of the handshake. */
   rest: Buffer;
   log: Logger;
+  /** Says that the client went wrong; `kind` comes from a bounded set. Without it nobody is told. */
+  complain?(kind: string, detail: string): void;
 }
 
 /**
@@ -162,6 +164,7 @@ export class Connection {
         contexts,
         rest,
         log: log.child({ export: entry.name, peer: this.#peer }),
+        complain: (kind, detail) => this.#parameters.complain(kind, detail, this.#peer),
       });
     } catch (error) {
       device.release();
