@@ -8,6 +8,7 @@ import type { Hypervisor } from '../hypervisor/driver.js';
 import type { BlockDevice } from '../nbd/device.js';
 import type { ExportDirectory, ExportEntry } from '../nbd/server/exports.js';
 import { defaultOrNamed } from '../nbd/server/exports.js';
+import type { ServerTlsSettings } from '../nbd/tls.js';
 import type { OpenVolumeOptions } from './open.js';
 import type { VolumeService } from './service.js';
 
@@ -24,11 +25,12 @@ export interface ExportListener {
   close(): Promise<void>;
 }
 
-/** Listens at all of `addresses` (unix:PATH, HOST:PORT, [V6]:PORT, fd:N, stdio) or fails with 'address'. */
+/** Listens at all of `addresses` (unix:PATH, HOST:PORT, [V6]:PORT, fd:N, stdio) or fails with 'address', or 'tls'. */
 export type Listen = (
   addresses: readonly string[],
   exports: ExportDirectory,
   log: Logger,
+  tls?: ServerTlsSettings,
 ) => Promise<ExportListener>;
 
 export interface DaemonParts {
@@ -42,7 +44,7 @@ export class ExportTable implements ExportDirectory {
   readonly shuttingDown = false;
   private readonly entries: ExportEntry[] = [];
 
-  add(name: string, description: string, device: BlockDevice): void {
+  add(name: string, description: string, device: BlockDevice, tlsOnly = false): void {
     this.remove(name);
     this.entries.push({
       name,
@@ -52,6 +54,7 @@ export class ExportTable implements ExportDirectory {
       contexts: device.contexts,
       preferredBlock: device.preferredBlock,
       multiConn: device.multiConn,
+      tlsOnly,
       open: () => device,
     });
   }
