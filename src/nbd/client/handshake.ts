@@ -135,7 +135,7 @@ export class ClientHandshake {
     return this.#fixedNewstyle && speaking ? encodeOption(Option.ABORT) : null;
   }
 
-  /** TLS stands, and the server has not said a word since. */
+  /** The server has not said a word since TLS began. */
   get refusesSilently(): boolean {
     return this.#silent;
   }
@@ -260,6 +260,7 @@ export class ClientHandshake {
     switch (option) {
       case Option.STARTTLS:
         this.#state = { step: 'start-tls' };
+        this.#silent = true;
         return null;
       case Option.STRUCTURED_REPLY:
         this.#structured = true;

@@ -65,6 +65,8 @@ export class Connection {
   /** The TLS socket once there is one. */
   #socket: net.Socket | Duplex;
   #identity: ClientIdentity = null;
+  /** We cut it off: what TLS says about that is no news. */
+  #givenUp = false;
   readonly #parameters: ConnectionParameters;
   readonly #peer: string;
   /** Runs during the handshake, and whenever a last answer waits to be taken. */
@@ -135,6 +137,7 @@ export class Connection {
   }
 
   destroy(): void {
+    this.#givenUp = true;
     if (this.#state.kind === 'session') this.#state.session.destroy();
     this.#socket.destroy();
   }
@@ -183,7 +186,7 @@ export class Connection {
     tls.accept(this.#socket, {
       secured: (socket, identity) => this.#secured(socket, identity, behindTls),
       failed: (kind, why) => {
-        if (this.#state.kind === 'starttls') this.#parameters.complain(kind, why, this.#peer);
+        if (!this.#givenUp) this.#parameters.complain(kind, why, this.#peer);
         this.#socket.destroy();
       },
     });
@@ -248,7 +251,8 @@ export class Connection {
   }
 
   #timedOut(): void {
-    if (this.#state.kind === 'handshake')
+    this.#givenUp = true;
+    if (this.#state.kind === 'handshake' || this.#state.kind === 'starttls')
       this.#parameters.complain('timeout', 'the handshake took too long', this.#peer);
     this.#socket.destroy();
   }
