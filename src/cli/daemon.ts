@@ -7,6 +7,7 @@ import type { DaemonOptions } from '../host/daemon.js';
 import type { OpenMode } from '../host/open.js';
 import { daemonLog, runDaemon } from '../host/run.js';
 import { controlSocketPath, defaultStateDir } from '../host/state-dir.js';
+import { activatedAddresses, formatListenAddress } from '../nbd/address.js';
 import { defaultName } from '../volume/open.js';
 import { daemonParts } from './parts.js';
 import { guestTls, sourceTls, type TlsOptions } from './tls.js';
@@ -15,7 +16,7 @@ const DEFAULT_LISTEN = '127.0.0.1:10809';
 
 export interface OneVolumeOptions extends TlsOptions {
   name?: string;
-  listen: string[];
+  listen?: string[];
   stateDir?: string;
   control?: string;
   logLevel: string;
@@ -32,7 +33,8 @@ export async function runOneVolume(
     throw new BlockferryError('usage', `--name: expected ${checked.error.issues[0].message}`);
   const name = checked.data;
   const stateDir = resolve(options.stateDir ?? defaultStateDir());
-  const listen = options.listen.length > 0 ? options.listen : [DEFAULT_LISTEN];
+  const activated = activatedAddresses(process.env, process.pid).map(formatListenAddress);
+  const listen = [options.listen ?? [], activated, [DEFAULT_LISTEN]].find((words) => words.length > 0) ?? [];
   const log = daemonLog('blockferry', options.logLevel);
   const machinesDir = resolve(stateDir, 'run');
   const daemon: DaemonOptions = {
@@ -56,12 +58,12 @@ export async function runOneVolume(
     parts: daemonParts(machinesDir),
     log,
   };
-  const stdio = listen.includes('stdio');
-  await runDaemon(daemon, (uris) => announce(uris, stdio));
+  // Who made the sockets, or holds the other end of stdio, has stdout for itself: nbdinfo --json, an NBD session.
+  const ours = listen !== activated && !listen.includes('stdio');
+  await runDaemon(daemon, (uris) => announce(uris, ours ? process.stdout : process.stderr));
 }
 
-/** The readiness line, on stdout unless an NBD session is there. */
-export function announce(uris: string[], stdio: boolean): void {
-  const line = `ready ${uris.join(' ')}`.trimEnd();
-  (stdio ? process.stderr : process.stdout).write(`${line}\n`);
+/** The readiness line. */
+export function announce(uris: string[], out: NodeJS.WritableStream): void {
+  out.write(`${`ready ${uris.join(' ')}`.trimEnd()}\n`);
 }

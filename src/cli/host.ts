@@ -40,7 +40,7 @@ export function hostCommand(): Command {
           parts: daemonParts(machinesDir),
           log: daemonLog(name, options.logLevel),
         },
-        (uris) => announce(uris, false),
+        (uris) => announce(uris, process.stdout),
       );
     });
 }

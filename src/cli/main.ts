@@ -1,6 +1,6 @@
 /** The command line. Exit code 0 done, 1 failed (one line on stderr), 2 wrong usage. */
 
-import { Command, CommanderError } from 'commander';
+import { Command, CommanderError, Help, type Option } from 'commander';
 import { BlockferryError, messageOf } from '../errors.js';
 import { VERSION } from '../version.js';
 import { hostCommand } from './host.js';
@@ -38,8 +38,24 @@ function program(): Command {
     verifyCommand(),
   ];
   for (const command of commands) root.addCommand(command);
-  for (const command of [root, ...commands]) command.exitOverride();
+  for (const command of [root, ...commands])
+    command.exitOverride().configureHelp({ optionDescription }).configureOutput({ outputError });
   return root;
+}
+
+/** As commander has it, without "(default: false)" at every switch. */
+function optionDescription(this: Help, option: Option): string {
+  return option.isBoolean() ? option.description : Help.prototype.optionDescription.call(this, option);
+}
+
+/** One line, as every failure of ours. */
+function outputError(text: string, write: (text: string) => void): void {
+  write(
+    `${text
+      .trim()
+      .replace(/^error: /, 'blockferry: ')
+      .replaceAll(/\s*\n\s*/g, ' ')}\n`,
+  );
 }
 
 /** The exit code. */

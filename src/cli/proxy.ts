@@ -1,4 +1,5 @@
 import { Command, Option } from 'commander';
+import { parseNbdUri } from '../nbd/uri.js';
 import { argument, logLevelOption, stateDirOption } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
 import { listenOption } from './serve.js';
@@ -18,18 +19,18 @@ interface ProxyOptions extends OneVolumeOptions {
   sourceTimeout?: number;
 }
 
+function checkedUri(text: string): string {
+  parseNbdUri(text);
+  return text;
+}
+
 export function proxyCommand(): Command {
   return new Command('proxy')
     .description('serve DISK at once while its blocks still come from an NBD source')
-    .argument('<source-uri>', 'NBD URI of the source')
+    .argument('<source-uri>', 'NBD URI of the source', argument(checkedUri))
     .argument('<disk>', 'image file, created sparse with the size of the source if it is not there')
     .option('--name <name>', 'name of the volume and its export (default: from the file name)')
-    .option(
-      '--listen <addr>',
-      'unix:PATH, HOST:PORT, [V6]:PORT, fd:N or stdio; may be repeated (default: 127.0.0.1:10809)',
-      listenOption,
-      [],
-    )
+    .addOption(listenOption())
     .option('--standby', 'keep nothing that is read until the first write or `takeover`', false)
     .option('--bandwidth <rate>', 'limit of the background copy, as in 100M/s', argument(parseRate))
     .addOption(

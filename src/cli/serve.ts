@@ -1,4 +1,4 @@
-import { Command } from 'commander';
+import { Command, Option } from 'commander';
 import { parseListenAddress } from '../nbd/address.js';
 import { argument, logLevelOption, stateDirOption } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
@@ -6,9 +6,14 @@ import { tlsCertificatesOption, tlsModeOption, tlsPskOption, tlsVerifyPeerOption
 
 const checkAddress = argument(parseListenAddress);
 
-export function listenOption(address: string, before: string[]): string[] {
-  checkAddress(address);
-  return [...before, address];
+export function listenOption(): Option {
+  return new Option(
+    '--listen <addr>',
+    'unix:PATH, HOST:PORT, [V6]:PORT, fd:N or stdio; may be repeated (default: 127.0.0.1:10809, or the sockets of socket activation)',
+  ).argParser((address: string, before: string[] | undefined) => {
+    checkAddress(address);
+    return [...(before ?? []), address];
+  });
 }
 
 export function serveCommand(): Command {
@@ -16,12 +21,7 @@ export function serveCommand(): Command {
     .description('serve a raw image file or block device over NBD')
     .argument('<disk>', 'image file or block device; it must exist')
     .option('--name <name>', 'name of the volume and its export (default: from the file name)')
-    .option(
-      '--listen <addr>',
-      'unix:PATH, HOST:PORT, [V6]:PORT, fd:N or stdio; may be repeated (default: 127.0.0.1:10809)',
-      listenOption,
-      [],
-    )
+    .addOption(listenOption())
     .option('--read-only', 'refuse writes', false)
     .addOption(tlsModeOption())
     .addOption(tlsCertificatesOption())

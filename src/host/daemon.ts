@@ -68,6 +68,8 @@ export class Daemon {
   private readonly startedAt = new Date().toISOString();
   private control: ControlServer | null = null;
   private stopping: Promise<void> | null = null;
+  /** What an earlier run left is known again. */
+  private ready = false;
 
   private constructor(
     private readonly options: DaemonOptions,
@@ -110,7 +112,12 @@ export class Daemon {
     const daemon = new Daemon(options, link, volumes, machines, record);
     try {
       // First of all: a second daemon of this name must fail before it touches a volume.
-      const routes = controlRoutes({ status: () => daemon.status(), volumes, machines });
+      const routes = controlRoutes({
+        status: () => daemon.status(),
+        ready: () => daemon.ready,
+        volumes,
+        machines,
+      });
       daemon.control = await ControlServer.listen(options.control, routes, log);
       await daemon.openVolumes();
       await daemon.startMachines();
@@ -193,7 +200,8 @@ export class Daemon {
   private async startMachines(): Promise<void> {
     const { vms, log } = this.options;
     for (const { definition } of vms) this.machines.define(definition);
-    this.machines.restore();
+    await this.machines.restore();
+    this.ready = true;
     for (const { definition, autostart } of vms) {
       if (!autostart) continue;
       try {

@@ -22,15 +22,8 @@ import type {
   StartOptions,
 } from '../hypervisor/driver.js';
 import type { MachineState, MachineView } from './control/api.js';
-import {
-  describeExit,
-  end,
-  type MachineEntry,
-  newEntry,
-  tcpHost,
-  usesVolume,
-  watchMachine,
-} from './machine-entry.js';
+import { MachineDisks } from './machine-disks.js';
+import { describeExit, end, type MachineEntry, newEntry, tcpHost, watchMachine } from './machine-entry.js';
 import type { DaemonRecord } from './record.js';
 import type { Volumes } from './volumes.js';
 import { KeyedQueue } from './waiting.js';
@@ -63,8 +56,11 @@ export interface MachinesOptions {
 export class Machines {
   private readonly entries = new Map<string, MachineEntry>();
   private readonly queue = new KeyedQueue();
+  private readonly disks: MachineDisks;
 
-  constructor(private readonly options: MachinesOptions) {}
+  constructor(private readonly options: MachinesOptions) {
+    this.disks = new MachineDisks(options.volumes, this.entries, (name) => this.isUnmanaged(name));
+  }
 
   /** Makes a machine known. What was recorded of an earlier move of it counts more than its configuration. */
   define(definition: MachineDefinition): void {
@@ -73,14 +69,23 @@ export class Machines {
     this.entries.set(definition.name, entry);
   }
 
-  /** Machines that came here by a move, before this daemon was started. */
-  restore(): void {
+  /** Machines that came here by a move, before this daemon was started. The volumes are open. */
+  async restore(): Promise<void> {
     for (const [name, record] of this.options.record.machines()) {
       const entry = newEntry(record.definition);
       entry.departed = record.state === 'departed';
       if (record.state === 'incoming') entry.moveId = record.moveId;
       entry.ran = record.state === 'arrived';
       if (record.state !== 'departed' || !this.entries.has(name)) this.entries.set(name, entry);
+      // The daemon ended between the guest's first write and the note that it runs: only a guest that runs settles a volume.
+      if (record.state !== 'incoming') continue;
+      if (!record.definition.disks.some(({ volume }) => this.options.volumes.settled(volume))) continue;
+      entry.ran = true;
+      await this.options.record
+        .setMachine(name, { ...record, state: 'arrived' })
+        .catch((error: unknown) =>
+          this.options.log.error({ vm: name, err: error }, 'its arrival is not noted'),
+        );
     }
   }
 
@@ -118,9 +123,16 @@ export class Machines {
       if (entry.machine)
         throw new BlockferryError('exists', `machine "${name}" has a process already (${entry.machine.pid})`);
       if (entry.departed) throw new BlockferryError('phase', `machine "${name}" moved away from this host`);
+      if (this.options.record.machine(name)?.state === 'incoming') {
+        throw new BlockferryError(
+          'phase',
+          `machine "${name}" is on its way here by ${entry.moveId} and may still run at its source: continue that with --resume or end it with --abort`,
+        );
+      }
       await this.refuseUnmanaged(name);
-      this.checkDisks(entry.definition, ['plain', 'relocating'], 'start');
-      await this.launch(entry, false);
+      await this.disks.reserve(entry.definition, ['plain', 'relocating'], 'start', () =>
+        this.launch(entry, false),
+      );
       entry.ran = true;
       return this.view(name);
     });
@@ -148,9 +160,18 @@ export class Machines {
     entry.moveId = moveId;
   }
 
+  /** The move is over here. A guest that stands still in the middle of it would be forgotten: refused. */
   async release(name: string, moveId: string): Promise<void> {
     const entry = this.entries.get(name);
-    if (entry?.moveId === moveId) entry.moveId = null;
+    if (entry?.moveId !== moveId) return;
+    const { machine, sent } = entry;
+    if (machine && sent && UNDER_WAY.has((await machine.queryMigrate()).status)) {
+      throw new BlockferryError(
+        'phase',
+        `machine "${name}" is still on its way: revive it, or let it arrive`,
+      );
+    }
+    entry.moveId = null;
   }
 
   /** Destination: starts a process that waits for the source's. Repeated for the same move it answers with the one there is. */
@@ -171,21 +192,25 @@ export class Machines {
         throw new BlockferryError('no-space', `this daemon has ${MACHINES_MAX} machines and takes no more`);
       }
       await this.refuseUnmanaged(name);
-      this.checkDisks(definition, ['standby'], 'receive');
       const entry = newEntry(definition);
       entry.moveId = moveId;
       entry.before = present?.before ?? { record: this.options.record.machine(name), entry: present };
-      await this.options.record.setMachine(name, { state: 'incoming', moveId, definition });
-      this.entries.set(name, entry);
-      try {
-        const machine = await this.launch(entry, true);
-        entry.incomingUri = await machine.incoming(`tcp:${tcpHost(this.options.migrationAddress)}:0`);
-        return { uri: entry.incomingUri };
-      } catch (error) {
-        await this.forget(name, entry);
-        throw error;
-      }
+      return this.disks.reserve(definition, ['standby'], 'receive', () => this.receive(name, moveId, entry));
     });
+  }
+
+  private async receive(name: string, moveId: string, entry: MachineEntry): Promise<{ uri: string }> {
+    const { definition } = entry;
+    await this.options.record.setMachine(name, { state: 'incoming', moveId, definition });
+    this.entries.set(name, entry);
+    try {
+      const machine = await this.launch(entry, true);
+      entry.incomingUri = await machine.incoming(`tcp:${tcpHost(this.options.migrationAddress)}:0`);
+      return { uri: entry.incomingUri };
+    } catch (error) {
+      await this.forget(name, entry);
+      throw error;
+    }
   }
 
   async migrate(
@@ -228,7 +253,7 @@ export class Machines {
   async revive(name: string, moveId: string): Promise<void> {
     await this.queue.run(name, async () => {
       const { entry, machine } = this.claimed(name, moveId);
-      this.checkDisks(entry.definition, ['plain', 'relocating'], 'run on');
+      await this.disks.check(entry.definition, ['plain', 'relocating'], 'run on');
       if (entry.sent && UNDER_WAY.has((await machine.queryMigrate()).status)) await machine.cancelMigration();
       const { state } = await machine.status();
       if (state !== 'running') await machine.resume();
@@ -255,7 +280,7 @@ export class Machines {
           `machine "${name}" is being moved by ${entry.moveId}, not by ${moveId}`,
         );
       }
-      this.checkDisks(entry.definition, ['sealed', 'retired', 'absent'], 'leave');
+      await this.disks.check(entry.definition, ['sealed', 'retired', 'absent'], 'leave');
       await this.options.record.setMachine(name, { state: 'departed', moveId, definition: entry.definition });
       entry.departed = true;
       await entry.machine?.stop();
@@ -271,7 +296,7 @@ export class Machines {
         throw new BlockferryError('exists', `machine "${name}" here did not come with move ${moveId}`);
       }
       await this.refuseUnmanaged(name);
-      this.checkDisks(entry.definition, ['standby', 'absent', 'unavailable'], 'be discarded');
+      await this.disks.check(entry.definition, ['standby', 'absent', 'unavailable'], 'be discarded');
       await this.forget(name, entry);
     });
   }
@@ -315,30 +340,6 @@ export class Machines {
   private async isUnmanaged(name: string): Promise<boolean> {
     if (this.entries.get(name)?.machine) return false;
     return this.options.hasLeftover(name);
-  }
-
-  private checkDisks(definition: MachineDefinition, phases: readonly string[], verb: string): void {
-    for (const { volume } of definition.disks) {
-      const phase = this.options.volumes.phase(volume);
-      if (!phases.includes(phase)) {
-        throw new BlockferryError(
-          'phase',
-          `machine "${definition.name}" cannot ${verb}: its volume "${volume}" is ${phase}`,
-        );
-      }
-      for (const other of this.entries.values()) {
-        if (
-          other.machine &&
-          other.definition.name !== definition.name &&
-          usesVolume(other.definition, volume)
-        ) {
-          throw new BlockferryError(
-            'exists',
-            `volume "${volume}" is in use by machine "${other.definition.name}"`,
-          );
-        }
-      }
-    }
   }
 
   private async launch(entry: MachineEntry, incoming: boolean): Promise<Machine> {

@@ -3,8 +3,8 @@ import type { Logger } from 'pino';
 import { BlockferryError } from '../errors.js';
 import type { BlockDevice } from '../nbd/device.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
-import { describeVolume, probeSource } from '../relocation/link.js';
-import { Relocation } from '../relocation/relocation.js';
+import { describeVolume, probeSource, volumeDescribed } from '../relocation/link.js';
+import { Relocation, type RelocationTiming } from '../relocation/relocation.js';
 import { GuestDevice, LinkDevice } from '../volume/faces.js';
 import { createProxied, openPlain, reopen } from '../volume/open.js';
 import type { RetreatProof, Volume } from '../volume/volume.js';
@@ -39,20 +39,22 @@ export interface OpenVolumeOptions {
   /** For a source with TLS, where its URI leaves something open. */
   sourceTls?: ClientTlsSettings;
   log: Logger;
+  timing?: Partial<RelocationTiming>;
 }
 
 const DEFAULTS: RelocationSettings = { background: true, rateBytesPerSecond: null, sourceTimeoutMs: null };
 
 /** Throws what volume/open.ts and NbdClient.connect throw. */
 export async function openVolumeService(options: OpenVolumeOptions): Promise<VolumeService> {
-  const { mode, log, sourceTls } = options;
+  const { mode, log, sourceTls, timing = {} } = options;
   const volume = await openVolume(options);
   try {
     const settings = mode.kind === 'proxy' ? mode : DEFAULTS;
     const limited =
       mode.kind === 'arrive' ? { ...settings, rateBytesPerSecond: mode.rateBytesPerSecond } : settings;
     const { source } = volume.identity.current;
-    const relocation = source === null ? null : new Relocation(volume, { ...limited, tls: sourceTls, log });
+    const relocation =
+      source === null ? null : new Relocation(volume, { ...limited, tls: sourceTls, log, timing });
     return new RunningVolume(volume, relocation);
   } catch (error) {
     await volume.close().catch(() => undefined);
@@ -75,6 +77,13 @@ async function openVolume(options: OpenVolumeOptions): Promise<Volume> {
     throw new BlockferryError(
       'source-mismatch',
       `source ${mode.sourceUri} has ${facts.size} bytes, volume ${name} was announced with ${size}: check the source`,
+    );
+  }
+  const id = volumeDescribed(facts.description);
+  if (mode.kind === 'arrive' && id !== undefined && id !== mode.volumeId) {
+    throw new BlockferryError(
+      'source-mismatch',
+      `source ${mode.sourceUri} is volume ${id}, volume ${name} was announced as ${mode.volumeId}: check the source`,
     );
   }
   return createProxied({
@@ -187,6 +196,14 @@ class RunningVolume implements VolumeService {
       handoffAt,
       error: failure?.message ?? relocation?.error ?? null,
     };
+  }
+
+  get settled(): boolean {
+    return this.volume.settled;
+  }
+
+  quiet(): Promise<void> {
+    return this.volume.quiet();
   }
 
   seal(generation: number): Promise<void> {

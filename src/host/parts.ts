@@ -44,11 +44,14 @@ export class ExportTable implements ExportDirectory {
   readonly shuttingDown = false;
   private readonly entries: ExportEntry[] = [];
 
-  add(name: string, description: string, device: BlockDevice, tlsOnly = false): void {
+  /** `describe` is asked for each client anew: what a volume says of itself changes with its generation. */
+  add(name: string, describe: () => string, device: BlockDevice, tlsOnly = false): void {
     this.remove(name);
     this.entries.push({
       name,
-      description,
+      get description() {
+        return describe();
+      },
       size: device.size,
       readOnly: device.readOnly,
       contexts: device.contexts,

@@ -4,7 +4,8 @@
  * Invariants
  * - A volume that arrived is listed before its state folder is made; one that is listed without a state folder never came to be.
  * - A machine is listed as departed before the daemon lets go of the process that ran it, so that no restart starts it again.
- * - The proof of a cancelled volume is kept, so that a coordinator that was killed at that moment can ask again.
+ * - The proof of a cancelled volume is kept from before it is cancelled, so that a coordinator, or this daemon, that was killed at that
+ *   moment can ask or answer again. A volume with a proof never takes over; one that arrives anew has none any more.
  */
 
 import { mkdirSync, readFileSync } from 'node:fs';
@@ -89,9 +90,15 @@ export class DaemonRecord {
     return this.content.cancelled.findLast((proof) => proof.volumeId === volumeId);
   }
 
-  setVolume(name: string, image: string | null): Promise<void> {
-    if (image === null) delete this.content.volumes[name];
-    else this.content.volumes[name] = image;
+  /** The volume arrives: what was proved of an earlier stay of it does not hold for this one. */
+  expectVolume(name: string, image: string, volumeId: string): Promise<void> {
+    this.content.volumes[name] = image;
+    this.dropProof(volumeId);
+    return this.store();
+  }
+
+  forgetVolume(name: string): Promise<void> {
+    delete this.content.volumes[name];
     return this.store();
   }
 
@@ -102,9 +109,14 @@ export class DaemonRecord {
   }
 
   addProof(proof: RetreatProof): Promise<void> {
+    this.dropProof(proof.volumeId);
     this.content.cancelled.push({ volumeId: proof.volumeId, generation: proof.generation });
     this.content.cancelled.splice(0, this.content.cancelled.length - PROOFS_KEPT);
     return this.store();
+  }
+
+  private dropProof(volumeId: string): void {
+    this.content.cancelled = this.content.cancelled.filter((proof) => proof.volumeId !== volumeId);
   }
 
   /** Writes one after the other; each caller waits for a write that has its change in it. */

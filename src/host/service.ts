@@ -47,9 +47,13 @@ export interface VolumeService {
   readonly guest: BlockDevice;
   /** What another host's link reads: always read-only, also answers while sealed. */
   readonly link: BlockDevice;
-  /** Told to NBD clients that ask for a description, and checked again by a link that reconnects. */
+  /** As it is now: told to NBD clients that ask for a description, and checked again by a link that reconnects. */
   readonly linkDescription: string;
   status(): VolumeStatus;
+  /** The machine is known to run here, or nothing is left to come: no retreat any more. */
+  readonly settled: boolean;
+  /** Resolves when no change of phase is under way: what `status` says is then not about to be untrue. */
+  quiet(): Promise<void>;
 
   /** Source side. Refuses writes from now on, waits for those under way, makes all durable. Idempotent per generation. */
   seal(generation: number): Promise<void>;

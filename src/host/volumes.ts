@@ -85,6 +85,22 @@ export class Volumes {
     return entry.kind === 'open' ? this.served(entry) : entry.view;
   }
 
+  /** Resolves when nothing is about to change what the volume is: not its coming or going, nor its phase. */
+  async quiet(name: string): Promise<void> {
+    await this.queue.run(name, async () => {
+      const entry = this.entries.get(name);
+      if (entry?.kind === 'open') await entry.service.quiet();
+    });
+  }
+
+  /** The volume took over, and cannot go back. */
+  settled(name: string): boolean {
+    const entry = this.entries.get(name);
+    if (entry?.kind !== 'open') return false;
+    const { phase } = entry.service.status();
+    return phase === 'plain' || (phase === 'relocating' && entry.service.settled);
+  }
+
   views(): VolumeView[] {
     return [...this.entries.keys()].sort().map((name) => this.view(name));
   }
@@ -139,23 +155,42 @@ export class Volumes {
     });
   }
 
+  /** A volume whose cancelling was begun takes over no more: the proof of that may be out. */
+  takeover(name: string, generation?: number): Promise<{ generation: number }> {
+    return this.queue.run(name, async () => {
+      const { service } = this.entry(name);
+      if (this.options.record.proof(service.id) !== undefined) {
+        throw new BlockferryError(
+          'generation',
+          `volume "${name}" was about to be cancelled: it takes over no more, cancel it (migrate --abort)`,
+        );
+      }
+      return service.takeover(generation);
+    });
+  }
+
   /** Standby -> gone. For a volume that is gone already the proof is given again. */
   cancel(name: string, volumeId: string): Promise<RetreatProof> {
     return this.queue.run(name, async () => {
       const entry = this.entries.get(name);
       if (entry?.kind !== 'open' || entry.service.id !== volumeId) {
-        const proof = this.options.record.proof(volumeId);
-        if (proof) return proof;
+        const known = this.options.record.proof(volumeId);
+        if (known) {
+          await this.options.record.addProof(known); // it may not have been durable
+          return known;
+        }
         throw new BlockferryError('not-found', `this daemon has no volume "${name}" with the id ${volumeId}`);
       }
-      const { phase } = entry.service.status();
+      const { phase, generation } = entry.service.status();
       if (phase !== 'standby') {
         throw new BlockferryError('phase', `volume "${name}" is ${phase}: only a standby can be cancelled`);
       }
+      // Before the volume goes: once it is gone nothing else could prove it. No takeover gets in between, they queue as this does.
+      const proof = { volumeId, generation: generation + 1 };
+      await this.options.record.addProof(proof);
       await this.unpublish(name, entry);
       try {
-        const proof = await entry.service.cancel();
-        await this.options.record.addProof(proof);
+        await entry.service.cancel();
         this.entries.delete(name);
         await this.forgetArrival(name);
         return proof;
@@ -170,7 +205,7 @@ export class Volumes {
     const { stateDir, images, record } = this.options;
     const { name, sourceUri, volumeId, generation, size, rateBytesPerSecond = null } = request;
     this.entries.delete(name);
-    await record.setVolume(name, image);
+    await record.expectVolume(name, image, volumeId);
     try {
       if ((await retiredId(stateDir, name)) !== null) setRetiredAside(stateDir, name);
       if (request.image === undefined && images !== null) mkdirSync(images, { recursive: true, mode: 0o700 });
@@ -191,7 +226,7 @@ export class Volumes {
   /** As if it had never come: what was retired here before is so again. */
   private async forgetArrival(name: string): Promise<void> {
     const { stateDir, record } = this.options;
-    await record.setVolume(name, null);
+    await record.forgetVolume(name);
     bringRetiredBack(stateDir, name);
     const retired = await retiredId(stateDir, name);
     if (retired !== null) this.markUnavailable(name, '', retired, 'it moved to another host');
@@ -257,12 +292,12 @@ export class Volumes {
     const { stateDir, openVolume, log, link, listen, guestAddresses, tlsOnly } = this.options;
     const service = await openVolume({ stateDir, name, image, mode, log });
     const entry: OpenEntry = { kind: 'open', service, guest: null, handoff: new Occurrence() };
-    const description = service.linkDescription;
+    const describe = (): string => service.linkDescription;
     try {
       const table = new ExportTable();
-      table.add(name, description, service.guest);
+      table.add(name, describe, service.guest);
       entry.guest = await listen(guestAddresses(name), table, log);
-      link?.table.add(name, description, service.link, tlsOnly.has(name));
+      link?.table.add(name, describe, service.link, tlsOnly.has(name));
     } catch (error) {
       await service.close();
       throw error;

@@ -59,9 +59,10 @@ function sourceMachine(view: MachineView | null): SourceMachine {
   if (view === null || view.pid === null) return 'absent';
   const status = view.migration?.status ?? 'none';
   if (status === 'setup' || status === 'active' || status === 'cancelling') return 'migrating';
-  if (view.state === 'running') return 'running';
+  // Asked for after the state, and so newer: it was running a moment ago and stands still now.
   if (status === 'pre-switchover') return 'pre-switchover';
   if (status === 'device') return 'switching';
+  if (view.state === 'running') return 'running';
   return status === 'completed' ? 'sent' : 'halted';
 }
 

@@ -70,11 +70,16 @@ export interface JournalSummary {
 }
 
 export class Journal {
+  /** A line was not written to its end, and is still there. */
+  private torn = false;
+
   private constructor(
     readonly path: string,
     readonly plan: MovePlan,
     readonly entries: JournalEntry[],
     private readonly descriptor: number,
+    /** Bytes of whole lines. */
+    private length: number,
     private readonly lock: string,
   ) {}
 
@@ -83,7 +88,7 @@ export class Journal {
     return failing(path, () => {
       mkdirSync(folder, { recursive: true, mode: 0o700 });
       const descriptor = openSync(path, 'ax', 0o600);
-      const journal = new Journal(path, plan, [], descriptor, takeLock(path));
+      const journal = new Journal(path, plan, [], descriptor, 0, takeLock(path));
       journal.append({ kind: 'plan', plan }, true);
       const parent = openSync(folder, 'r');
       fsyncSync(parent);
@@ -101,7 +106,7 @@ export class Journal {
         const plan = planOf(entries, path);
         const descriptor = openSync(path, 'a', 0o600);
         ftruncateSync(descriptor, length);
-        return new Journal(path, plan, entries, descriptor, lock);
+        return new Journal(path, plan, entries, descriptor, length, lock);
       } catch (error) {
         unlinkSync(lock);
         throw error;
@@ -139,10 +144,24 @@ export class Journal {
   append(entry: WithoutTime<JournalEntry>, durable: boolean): void {
     failing(this.path, () => {
       const complete = { ...entry, at: new Date().toISOString() } as JournalEntry;
-      writeSync(this.descriptor, `${JSON.stringify(complete)}\n`);
-      if (durable) fsyncSync(this.descriptor);
+      this.write(Buffer.from(`${JSON.stringify(complete)}\n`), durable);
       this.entries.push(complete);
     });
+  }
+
+  /** All of it or nothing: what a full disk left of a line would make one damaged line of it and the next. */
+  private write(line: Buffer, durable: boolean): void {
+    if (this.torn) ftruncateSync(this.descriptor, this.length);
+    this.torn = true;
+    try {
+      for (let done = 0; done < line.length; ) done += writeSync(this.descriptor, line, done);
+      if (durable) fsyncSync(this.descriptor);
+      this.length += line.length;
+      this.torn = false;
+    } finally {
+      if (this.torn) ftruncateSync(this.descriptor, this.length);
+      this.torn = false;
+    }
   }
 
   /** The latest result of a step that has the field. */

@@ -3,15 +3,21 @@
  *
  * - Bytes in flight are bounded by a window that follows the link's delay, and shrink while the guest waits for its own reads.
  * - Ranges that the source says are zero cost no data: they are marked, or punched where the image holds something.
- * - Failures (an I/O error of the source, no room here) are tried again later; they are shown, and end nothing.
+ * - What fails is passed over and tried again on the next round. The copy stops for a while when there is no room here, when
+ *   the source is out of reach, when nothing but failures comes, and between two rounds if one had any. Failures are shown as long
+ *   as they last, and end nothing.
  */
+import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
+import { BlockferryError, messageOf } from '../errors.js';
+import type { Extent } from '../nbd/client/client.js';
 import { Errno } from '../nbd/constants.js';
-import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from '../volume/blocks.js';
+import { BLOCK_BYTES, bytesOfBlocks } from '../volume/blocks.js';
 import type { BlockStore } from '../volume/store.js';
 import type { Fetcher } from './fetcher.js';
 import type { Link } from './link.js';
 import { DelayWindow } from './window.js';
+import { type Run, ZeroMap } from './zero-map.js';
 
 /** Blocks of one bulk fetch: 256 KiB. */
 const BULK_BLOCKS = 64;
@@ -19,11 +25,12 @@ const BULK_BLOCKS = 64;
 const ALLOCATION_BYTES = 1 << 30;
 /** Ranges that may wait to be prefetched. */
 const WANTED_MAX = 1024;
-const RETRY_AFTER_ERROR_MS = 5_000;
+/** So many fetches failed one after the other: there is no point in trying the next at once. */
+const FAILURES_MAX = 4;
+/** Blocks that the guest has in hand are looked at again after so long. */
+const LOCKED_MS = 10;
 /** The rate shown is an average over about so long. */
 const RATE_HALF_LIFE_MS = 2_000;
-/** Status bit of `base:allocation`: reads as zeros. */
-const ZERO = 2;
 
 export type BackgroundState = 'running' | 'paused' | 'waiting' | 'done' | 'off';
 
@@ -33,23 +40,38 @@ interface Wanted {
   readonly resolve: (() => void) | null;
 }
 
+export interface BackgroundOptions {
+  enabled: boolean;
+  rateBytesPerSecond: number | null;
+  log: Logger;
+  /** How long the copy stops after failures. */
+  retryAfterErrorMs: number;
+}
+
 export class Background {
   #started = false;
   #paused = false;
   #stopped = false;
+  /** What failed last. */
   #error: string | null = null;
+  /** Nothing is copied until #retryTimer fires. */
+  #blocked = false;
+  #failedThisRound = false;
+  #failuresInARow = 0;
+  #retryTimer: NodeJS.Timeout | undefined;
   readonly #wanted: Wanted[] = [];
   #cursor = 0;
   #inFlightBytes = 0;
   readonly #window = new DelayWindow();
-  /** What is known of the source's allocation: [from, to) in blocks, the zero runs in it in ascending order. */
-  #known = { from: 0, to: 0, zeroes: [] as { first: number; end: number }[] };
+  #known = ZeroMap.NOTHING;
+  /** A run of zeros is being marked; one at a time, as each may keep a thread and a range lock for long. */
+  #zeroing = false;
   #asking = false;
   #tellsAllocation = true;
   #rateLimit: number | null;
   #credit = 0;
   #creditAtMs = 0;
-  #timer: NodeJS.Timeout | undefined;
+  #creditTimer: NodeJS.Timeout | undefined;
   #rate = 0;
   #rateAtMs = 0;
   #rateBeganMs = 0;
@@ -58,7 +80,7 @@ export class Background {
     private readonly store: BlockStore,
     private readonly fetcher: Fetcher,
     private readonly link: Link,
-    private readonly options: { enabled: boolean; rateBytesPerSecond: number | null; log: Logger },
+    private readonly options: BackgroundOptions,
   ) {
     this.#rateLimit = options.rateBytesPerSecond;
   }
@@ -67,11 +89,11 @@ export class Background {
     if (this.store.presence === null || this.store.presence.complete) return 'done';
     if (!this.options.enabled) return 'off';
     if (this.#paused) return 'paused';
-    return this.#started && this.link.state === 'connected' && this.#error === null ? 'running' : 'waiting';
+    return this.#started && this.link.state === 'connected' && !this.#blocked ? 'running' : 'waiting';
   }
 
   get error(): string | null {
-    return this.#error;
+    return this.state === 'done' ? null : this.#error;
   }
 
   get rateLimit(): number | null {
@@ -96,20 +118,25 @@ export class Background {
     this.#pump();
   }
 
-  /** No more until `start`. What was learned of the source is forgotten: it may change meanwhile. */
+  /**
+   * No more until `start`. What was learned of the source is forgotten, as it may change meanwhile, and who waits for a range is
+   * let go.
+   */
   stop(): void {
     this.#started = false;
-    this.#known = { from: 0, to: 0, zeroes: [] };
+    this.#known = ZeroMap.NOTHING;
+    this.#tellsAllocation = true;
     this.#cursor = 0;
-    clearTimeout(this.#timer);
-    this.#timer = undefined;
+    this.#forgive();
+    clearTimeout(this.#creditTimer);
+    this.#creditTimer = undefined;
+    for (const { resolve } of this.#wanted.splice(0)) resolve?.();
   }
 
-  /** For good: nothing is fetched any more, and who waits for a range is let go. */
+  /** For good. */
   close(): void {
     this.stop();
     this.#stopped = true;
-    for (const { resolve } of this.#wanted.splice(0)) resolve?.();
   }
 
   pause(): void {
@@ -118,7 +145,7 @@ export class Background {
 
   resume(): void {
     this.#paused = false;
-    this.#error = null;
+    this.#forgive();
     this.#pump();
   }
 
@@ -126,8 +153,8 @@ export class Background {
     this.#rateLimit = bytesPerSecond;
     this.#credit = 0;
     this.#creditAtMs = performance.now();
-    clearTimeout(this.#timer);
-    this.#timer = undefined;
+    clearTimeout(this.#creditTimer);
+    this.#creditTimer = undefined;
     this.#pump();
   }
 
@@ -167,7 +194,7 @@ export class Background {
   /** Wanted ranges are served in any case, the rest only while the copy is on. */
   #mayCopy(): boolean {
     if (this.#wanted.length > 0) return true;
-    return this.options.enabled && !this.#paused && this.#error === null;
+    return this.options.enabled && !this.#paused && !this.#blocked;
   }
 
   /** The guest's own reads come first: while it waits for some, the copy keeps to a quarter. */
@@ -175,7 +202,7 @@ export class Background {
     return this.fetcher.demandsInFlight > 0 ? this.#window.bytes / 4 : this.#window.bytes;
   }
 
-  #next(): { first: number; end: number } | undefined {
+  #next(): Run | undefined {
     for (;;) {
       const wanted = this.#wanted[0];
       if (wanted === undefined) break;
@@ -187,11 +214,10 @@ export class Background {
       this.#wanted.shift();
       wanted.resolve?.();
     }
-    if (!this.options.enabled || this.#paused || this.#error !== null) return undefined;
-    return this.#nextLinear();
+    return this.#mayCopy() ? this.#nextLinear() : undefined;
   }
 
-  #nextLinear(): { first: number; end: number } | undefined {
+  #nextLinear(): Run | undefined {
     const { blocks } = this.store;
     for (let wrapped = false; ; ) {
       const run = this.fetcher.nextRun(this.#cursor, blocks, BULK_BLOCKS);
@@ -199,6 +225,11 @@ export class Background {
         if (wrapped || this.#cursor === 0) return undefined;
         wrapped = true;
         this.#cursor = 0; // what was skipped, or failed, on the way
+        if (this.#failedThisRound) {
+          this.#block();
+          return undefined;
+        }
+        this.#error = null;
         continue;
       }
       const data = this.#withoutZeroes(run);
@@ -214,30 +245,33 @@ export class Background {
    * The part of a run that has data. Where its allocation is unknown, that is asked for first (undefined: wait); a run that
    * begins with zeros has them marked, and the search goes on behind them.
    */
-  #withoutZeroes(run: { first: number; end: number }): { first: number; end: number } | 'zeroes' | undefined {
+  #withoutZeroes(run: Run): Run | 'zeroes' | undefined {
     if (!this.#tellsAllocation) return run;
-    const { from, to, zeroes } = this.#known;
-    if (run.first < from || run.first >= to) {
+    if (!this.#known.knows(run.first)) {
       void this.#askAllocation(run.first);
       return undefined;
     }
-    // Zero runs are met in ascending order: those behind the cursor are done with.
-    while (zeroes.length > 0 && zeroes[0]!.end <= run.first) zeroes.shift();
-    const zero = zeroes[0];
-    if (zero === undefined || zero.first >= run.end) return { first: run.first, end: Math.min(run.end, to) };
-    if (zero.first > run.first) return { first: run.first, end: Math.min(zero.first, to) };
+    const end = Math.min(run.end, this.#known.to);
+    const zero = this.#known.next(run.first);
+    if (zero === undefined || zero.first >= end) return { first: run.first, end };
+    if (zero.first > run.first) return { first: run.first, end: zero.first };
+    if (this.#zeroing) return undefined;
     void this.#markZeroes(run.first, zero.end);
     this.#cursor = zero.end;
     return 'zeroes';
   }
 
   async #markZeroes(first: number, end: number): Promise<void> {
+    this.#zeroing = true;
     const before = this.store.presence?.present ?? 0;
     const errno = await this.store.fillZeroes(this.store.epoch, first, end);
     const after = this.store.presence?.present ?? this.store.blocks;
     // Others may have added some meanwhile: a bound, exact where nothing was punched.
     this.fetcher.traffic.zeroBytes += Math.min(after - before, end - first) * BLOCK_BYTES;
-    if (errno !== Errno.OK && errno !== Errno.ESHUTDOWN) this.#failed(errno);
+    if (errno !== Errno.OK) this.#failed(errno, 'the image has I/O errors');
+    // The guest has these very blocks in hand, on a thread whose end is only seen if the loop goes on turning.
+    else if (after === before) await delay(LOCKED_MS);
+    this.#zeroing = false;
     this.#pump();
   }
 
@@ -251,35 +285,26 @@ export class Background {
       const extents = await this.link.allocation(offset, Math.min(ALLOCATION_BYTES, size - offset));
       if (epoch === this.store.epoch && this.#started) this.#learn(offset, extents);
     } catch (error) {
-      // Copying without knowing is right, only dearer.
-      this.options.log.warn({ error }, 'the source does not tell what is allocated, copying all');
-      this.#tellsAllocation = false;
+      const code = error instanceof BlockferryError ? error.code : undefined;
+      if (code === 'source-unreachable') this.#failed(Errno.EIO);
+      else if (code !== 'closed') {
+        // Copying without knowing is right, only dearer.
+        this.options.log.warn(
+          { why: messageOf(error) },
+          'the source does not tell what is allocated, copying all',
+        );
+        this.#tellsAllocation = false;
+      }
     } finally {
       this.#asking = false;
       this.#pump();
     }
   }
 
-  #learn(offset: number, extents: { length: number; flags: number }[] | null): void {
-    if (extents === null) {
-      this.#tellsAllocation = false;
-      return;
-    }
-    const { size } = this.store.image;
-    const zeroes: { first: number; end: number }[] = [];
-    let at = offset;
-    for (const { length, flags } of extents) {
-      const past = Math.min(at + length, size);
-      const first = blocksOf(at);
-      const end = past === size ? this.store.blocks : blockAt(past);
-      if ((flags & ZERO) !== 0 && first < end) zeroes.push({ first, end });
-      at = past;
-    }
-    const from = blockAt(offset);
-    const to = at === size ? this.store.blocks : blockAt(at);
-    if (to <= from)
-      this.#tellsAllocation = false; // extents smaller than a block lead nowhere
-    else this.#known = { from, to, zeroes };
+  #learn(offset: number, extents: Extent[] | null): void {
+    this.#known = extents === null ? ZeroMap.NOTHING : ZeroMap.of(offset, extents, this.store.image.size);
+    // Extents smaller than a block lead nowhere.
+    this.#tellsAllocation = this.#known.to > this.#known.from;
   }
 
   async #copy(first: number, end: number): Promise<void> {
@@ -292,31 +317,51 @@ export class Background {
     this.#inFlightBytes -= bytes;
     const now = performance.now();
     if (errno === Errno.OK) {
+      this.#failuresInARow = 0;
+      if (!this.#failedThisRound) this.#error = null;
       this.#window.answered(bytes, now - began, full, now);
       this.#count(bytes, now);
-    } else if (errno !== Errno.ESHUTDOWN) {
+    } else if (errno === Errno.ESHUTDOWN) {
+      return; // the link is closed
+    } else {
       this.#failed(errno);
     }
     this.#pump();
   }
 
-  #failed(errno: number): void {
-    this.#error =
-      errno === Errno.ENOSPC ? 'no room for fetched blocks: free some space' : 'the source has I/O errors';
-    this.options.log.warn({ why: this.#error }, 'background copy waits');
-    this.#after(RETRY_AFTER_ERROR_MS, () => {
-      this.#error = null;
-    });
+  /** Something could not be copied; `why` in place of the source's fault, if it is not that. */
+  #failed(errno: number, why = 'the source has I/O errors'): void {
+    if (!this.#started) return;
+    const full = errno === Errno.ENOSPC;
+    const lost = this.link.state !== 'connected';
+    this.#failedThisRound = true;
+    this.#failuresInARow++;
+    const before = this.#error;
+    if (full) this.#error = 'no room for fetched blocks: free some space';
+    else this.#error = lost ? 'the source is out of reach' : why;
+    if (this.#error !== before)
+      this.options.log.warn({ why: this.#error }, 'the background copy had a failure');
+    if (full || lost || this.#failuresInARow >= FAILURES_MAX) this.#block();
   }
 
-  #after(ms: number, first?: () => void): void {
-    clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => {
-      this.#timer = undefined;
-      first?.();
+  /** Copies nothing for a while, and then as if nothing had happened. */
+  #block(): void {
+    this.#blocked = true;
+    this.#retryTimer ??= setTimeout(() => {
+      const error = this.#error;
+      this.#forgive();
+      this.#error = error; // until something succeeds
       this.#pump();
-    }, ms);
-    this.#timer.unref();
+    }, this.options.retryAfterErrorMs).unref();
+  }
+
+  #forgive(): void {
+    clearTimeout(this.#retryTimer);
+    this.#retryTimer = undefined;
+    this.#blocked = false;
+    this.#failedThisRound = false;
+    this.#failuresInARow = 0;
+    this.#error = null;
   }
 
   /** Whether the rate limit lets one more fetch go; if not, it is tried again when it does. */
@@ -327,7 +372,13 @@ export class Background {
     this.#credit = Math.min(burst, this.#credit + ((now - this.#creditAtMs) / 1000) * this.#rateLimit);
     this.#creditAtMs = now;
     if (this.#credit > 0) return true;
-    if (this.#timer === undefined) this.#after(Math.max(1, (-this.#credit / this.#rateLimit) * 1000 + 1));
+    this.#creditTimer ??= setTimeout(
+      () => {
+        this.#creditTimer = undefined;
+        this.#pump();
+      },
+      Math.max(1, (-this.#credit / this.#rateLimit) * 1000 + 1),
+    ).unref();
     return false;
   }
 

@@ -19,6 +19,8 @@ import type { Lane, Link } from './link.js';
 
 /** Blocks of one fetch, at most: 1 MiB. */
 const FETCH_BLOCKS_MAX = 256;
+/** So many demand fetches in flight keep any link busy: who waits asks again for its further blocks when the first is here. */
+const DEMANDS_AHEAD_MAX = 256;
 
 export interface Traffic {
   demandBytes: number;
@@ -56,6 +58,7 @@ export class Fetcher implements Supplier {
 
   demand(first: number, end: number): void {
     for (let block = first; block < end; ) {
+      if (block > first && this.#demandsInFlight >= DEMANDS_AHEAD_MAX) return;
       const run = this.nextRun(block, end, FETCH_BLOCKS_MAX);
       if (run === undefined) return;
       void this.#demandRun(run.first, run.end);
@@ -77,10 +80,14 @@ export class Fetcher implements Supplier {
   }
 
   readThrough(request: IoRequest): void {
-    this.#passThrough(request).then(
-      (errno) => request.complete(errno),
-      (error) => request.complete(errnoOf(error)),
-    );
+    void this.#passThrough(request).then((errno) => {
+      const { presence } = this.#store;
+      const past = blocksOf(request.offset + request.length);
+      const local = presence === null || presence.hasAll(blockAt(request.offset), past);
+      // The link may have closed under it because all blocks came otherwise: they are here.
+      if (errno !== Errno.OK && local) this.#store.read(request);
+      else request.complete(errno);
+    });
   }
 
   /** Local blocks from the image, the others from the source, straight into the request's buffer. */

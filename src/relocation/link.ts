@@ -60,6 +60,11 @@ export function describeVolume(id: string, generation: number): string {
 
 const DESCRIPTION = /^blockferry volume (\S+) generation (\d+)$/;
 
+/** The volume that a blockferry source says it is; undefined for any other source. */
+export function volumeDescribed(description: string): string | undefined {
+  return DESCRIPTION.exec(description)?.[1];
+}
+
 /** Why a source that was met as `known` must not be read from as `now`; undefined if it may. */
 export function whyNotTheSame(
   known: { size: number; description: string | null },

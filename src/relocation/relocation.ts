@@ -11,7 +11,14 @@ import { blockAt, blocksOf } from '../volume/blocks.js';
 import type { Volume } from '../volume/volume.js';
 import { Background } from './background.js';
 import { Fetcher } from './fetcher.js';
-import { Link } from './link.js';
+import { LINK_TIMING, Link, type LinkTiming } from './link.js';
+
+export interface RelocationTiming extends LinkTiming {
+  /** How long the background copy stops after failures, and a hand-off that failed waits for its next attempt. */
+  readonly retryAfterErrorMs: number;
+}
+
+export const RELOCATION_TIMING: RelocationTiming = { ...LINK_TIMING, retryAfterErrorMs: 5_000 };
 
 export interface RelocationOptions {
   background: boolean;
@@ -20,6 +27,7 @@ export interface RelocationOptions {
   /** For a source with TLS, where its URI leaves something open. */
   tls?: ClientTlsSettings | undefined;
   log: Logger;
+  timing?: Partial<RelocationTiming>;
 }
 
 export class Relocation {
@@ -30,6 +38,8 @@ export class Relocation {
   #tellHandedOff: () => void = () => undefined;
   #failHandOff: (error: unknown) => void = () => undefined;
   #handOffError: string | null = null;
+  #handOffTimer: NodeJS.Timeout | undefined;
+  readonly #timing: RelocationTiming;
   #over = false;
 
   /** Attaches to a volume in phase standby or relocating, which has a source. */
@@ -41,18 +51,21 @@ export class Relocation {
     if (source === null)
       throw new BlockferryError('state-damaged', `volume ${volume.name} has no source to come from`);
     const known = { size, description: source.description };
+    this.#timing = { ...RELOCATION_TIMING, ...options.timing };
     this.link = new Link({
       uri: source.uri,
       known,
       sourceTimeoutMs: options.sourceTimeoutMs,
       tls: options.tls,
       log: options.log,
+      timing: this.#timing,
     });
     this.fetcher = new Fetcher(volume.store, this.link);
     this.background = new Background(volume.store, this.fetcher, this.link, {
       enabled: options.background,
       rateBytesPerSecond: options.rateBytesPerSecond,
       log: options.log,
+      retryAfterErrorMs: this.#timing.retryAfterErrorMs,
     });
     this.fetcher.onPrefetch = (first, end) => this.background.want(first, end);
     this.fetcher.onDemandDone = () => this.background.nudge();
@@ -91,6 +104,7 @@ export class Relocation {
       if (!(await this.volume.handOff())) return; // not settled yet: the next change of the volume asks again
       if (this.#over) return;
       this.#over = true;
+      this.#handOffError = null;
       this.volume.store.supplier = null;
       this.background.close();
       this.options.log.info(
@@ -100,8 +114,11 @@ export class Relocation {
       await this.link.close();
       this.#tellHandedOff();
     } catch (error) {
+      // Nothing is lost by it: all is served, and a state folder without room may have some later.
       this.#handOffError = messageOf(error);
-      this.options.log.error({ error }, 'hand-off failed');
+      this.options.log.error({ why: this.#handOffError }, 'hand-off failed, it is tried again');
+      clearTimeout(this.#handOffTimer);
+      this.#handOffTimer = setTimeout(() => this.#follow(), this.#timing.retryAfterErrorMs).unref();
     }
   }
 
@@ -126,6 +143,12 @@ export class Relocation {
     const first = blockAt(offset);
     const end = blocksOf(past);
     await this.background.bring(first, end);
+    if (this.volume.phase === 'standby') {
+      throw new BlockferryError(
+        'phase',
+        `volume ${this.volume.name} went back to standby: nothing fetched is kept`,
+      );
+    }
     if (store.presence !== null && !store.presence.hasAll(first, end)) {
       throw new BlockferryError(
         'source-io',
@@ -137,6 +160,7 @@ export class Relocation {
   async close(): Promise<void> {
     if (this.#over) return;
     this.#over = true;
+    clearTimeout(this.#handOffTimer);
     this.background.close();
     await this.link.close();
     this.#failHandOff(

@@ -78,12 +78,23 @@ export class DurableMap {
     this.#newest = new Uint8Array(this.#pages);
   }
 
-  /** A new, empty map, whose size is durable; an old file is replaced. */
+  /**
+   * A new, empty map, whose size is durable; an old file is replaced. Its space is taken at once: a commit, and so a guest's flush,
+   * must not fail later because the disk is full.
+   */
   static async create(path: string, volumeId: string, bits: number, epoch: number): Promise<DurableMap> {
     const fd = openSync(path, constants.O_RDWR | constants.O_CREAT | constants.O_TRUNC, 0o600);
     try {
       const map = new DurableMap(path, fd, volumeId, bits, epoch);
-      ftruncateSync(fd, PAGES_AT + 2 * map.#pages * SLOT_BYTES);
+      const bytes = PAGES_AT + 2 * map.#pages * SLOT_BYTES;
+      ftruncateSync(fd, bytes);
+      const done = await native.allocate(fd, 0, bytes);
+      if (done < 0 && done !== -native.ERRNO.EOPNOTSUPP) {
+        throw new BlockferryError(
+          'no-space',
+          `no room for the presence map ${path} (${bytes} bytes): free some space`,
+        );
+      }
       await map.#sync();
       return map;
     } catch (error) {

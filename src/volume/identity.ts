@@ -10,11 +10,11 @@
  * - What is stored can be read back: a change that does not fit the schema is refused.
  * - `openBootId` is the boot under which the maps were opened and not yet closed: in that boot only presence.live is the truth.
  */
-import { mkdir, readFile } from 'node:fs/promises';
-import { dirname, join } from 'node:path';
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { z } from 'zod';
 import { BlockferryError, messageOf } from '../errors.js';
-import { removeFile, replaceFile, syncFolder } from './files.js';
+import { makeFolder, removeFile, replaceFile } from './files.js';
 import { PHASES } from './phase.js';
 
 const schema = z.strictObject({
@@ -108,10 +108,7 @@ export class IdentityFile {
     const step = this.#last.then(async () => {
       const next = Object.freeze({ ...this.#current, ...change });
       checkStorable(next);
-      if (!this.#stored) {
-        await mkdir(this.folder, { recursive: true, mode: 0o700 });
-        await syncFolder(dirname(this.folder));
-      }
+      if (!this.#stored) await makeFolder(this.folder);
       await replaceFile(join(this.folder, IDENTITY_FILE), `${JSON.stringify(next, null, 2)}\n`);
       this.#stored = true;
       this.#current = next;

@@ -2,12 +2,14 @@
 import {
   closeSync,
   constants,
+  existsSync,
   fstatSync,
   ftruncateSync,
   openSync,
   realpathSync,
+  renameSync,
+  rmSync,
   statfsSync,
-  unlinkSync,
 } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { BlockferryError, messageOf } from '../errors.js';
@@ -93,22 +95,36 @@ export class Image {
     return new Image(path, fd, size, stat.isBlockDevice(), readOnly);
   }
 
-  /** Creates a sparse image of `size` bytes, durably. Throws 'exists' where there is something already. */
+  /**
+   * Creates a sparse image of `size` bytes, durably; it gets its name last, so that no crash leaves half of one. Throws 'exists' where
+   * there is something already.
+   */
   static async create(path: string, size: number): Promise<Image> {
+    const next = `${path}.next`;
     let fd: number;
     try {
-      fd = openSync(path, constants.O_RDWR | constants.O_CREAT | constants.O_EXCL, 0o600);
+      fd = openSync(next, constants.O_RDWR | constants.O_CREAT, 0o600);
     } catch (cause) {
-      const code = (cause as NodeJS.ErrnoException).code === 'EEXIST' ? 'exists' : 'image-io';
-      throw new BlockferryError(code, `cannot create image ${path}: ${messageOf(cause)}`, { cause });
+      throw new BlockferryError('image-io', `cannot create image ${path}: ${messageOf(cause)}`, { cause });
     }
+    let made: string | null = null;
     try {
+      if (!native.lockFile(fd, true))
+        throw new BlockferryError('image-in-use', `image ${path} is being made by another program`);
+      made = next;
+      if (existsSync(path))
+        throw new BlockferryError('exists', `cannot create image ${path}: it is there already`);
+      ftruncateSync(fd, 0); // what a crash left
       ftruncateSync(fd, size);
+      const synced = await native.fdatasync(fd);
+      if (synced < 0) throw new Error(`fdatasync failed: errno ${-synced}`);
+      renameSync(next, path);
+      made = path;
       await syncFolder(dirname(resolve(path)));
       return Image.#adopt(realpathSync(path), fd, false);
     } catch (cause) {
       closeSync(fd);
-      unlinkSync(path);
+      if (made !== null) rmSync(made, { force: true });
       if (cause instanceof BlockferryError) throw cause;
       throw new BlockferryError(
         'image-io',

@@ -1,12 +1,11 @@
 /** The ways to get hold of a volume: as a plain image, new with a source, or from what an earlier process left. */
 import { randomUUID } from 'node:crypto';
-import { existsSync, mkdirSync, readdirSync, realpathSync, rmSync } from 'node:fs';
-import { mkdir } from 'node:fs/promises';
+import { existsSync, readdirSync, realpathSync, rmSync } from 'node:fs';
 import { basename, join, resolve } from 'node:path';
 import { isDeepStrictEqual } from 'node:util';
 import { BlockferryError } from '../errors.js';
 import { blocksOf, VOLUME_BYTES_MAX } from './blocks.js';
-import { removeFile } from './files.js';
+import { makeFolder, removeFile } from './files.js';
 import { IDENTITY_FILE, type Identity, IdentityFile, readIdentity } from './identity.js';
 import { Image } from './image.js';
 import { hasMaps } from './phase.js';
@@ -92,6 +91,7 @@ export async function openPlain(options: {
   const image = Image.open(path, { readOnly });
   try {
     await refuseStale(folder, known);
+    refuseOrphanedMaps(folder, image.path);
     checkSize(image.size);
     return new Volume(new IdentityFile(folder, freshIdentity(name, image), { stored: false }), image, null);
   } catch (error) {
@@ -127,6 +127,15 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
     );
   }
   const { image, created } = await imageFor(options.image, options.size);
+  if (image.blockDevice) {
+    // A file that holds data was refused already; what a device holds cannot be told.
+    try {
+      refuseOrphanedMaps(folder, image.path);
+    } catch (error) {
+      image.close();
+      throw error;
+    }
+  }
   let presence: Presence | undefined;
   try {
     const identity: Identity = {
@@ -139,7 +148,7 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
       imageCreated: created,
       openBootId: bootId(),
     };
-    await mkdir(folder, { recursive: true, mode: 0o700 });
+    await makeFolder(folder);
     presence = await Presence.create(folder, identity, blocksOf(image.size));
     const file = new IdentityFile(folder, identity, { stored: false });
     await file.update({});
@@ -154,7 +163,7 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
 
 async function imageFor(path: string, size: number): Promise<{ image: Image; created: boolean }> {
   if (!existsSync(path)) {
-    mkdirSync(resolve(path, '..'), { recursive: true });
+    await makeFolder(resolve(path, '..'), 0o777);
     return { image: await Image.create(path, size), created: true };
   }
   const image = Image.open(path);
@@ -202,6 +211,19 @@ async function finishCancel(folder: string, known: Identity): Promise<boolean> {
   }
   await removeFile(join(folder, IDENTITY_FILE));
   return true;
+}
+
+/**
+ * Maps say that an image is not complete, or was written to, and nobody knows of which volume: served as it is, or filled anew,
+ * it would be a wrong disk. A creation that died leaves such maps as well, with an image that is empty: that may be made again.
+ */
+function refuseOrphanedMaps(folder: string, imagePath: string): void {
+  if (!Presence.hasFiles(folder)) return;
+  throw new BlockferryError(
+    'state-damaged',
+    `${folder} has presence maps and no ${IDENTITY_FILE}, so ${imagePath} may be incomplete and is not opened: ` +
+      `restore ${IDENTITY_FILE} from a copy, or remove the folder if the image is known to be good or worthless`,
+  );
 }
 
 /** The volume of a folder; undefined where there is none (any more). */

@@ -229,6 +229,18 @@ export class Presence {
     Presence.removeFiles(this.folder);
   }
 
+  /**
+   * Closes the maps of a volume that was marked as closed, and deletes their files in two durable steps: what a crash leaves is
+   * presence.map alone, which such a volume opens with, or nothing.
+   */
+  async discard(): Promise<void> {
+    this.close();
+    for (const file of [LIVE_FILE, DURABLE_FILE]) {
+      for (const name of [`${file}.next`, file]) rmSync(join(this.folder, name), { force: true });
+      await syncFolder(this.folder);
+    }
+  }
+
   static hasFiles(folder: string): boolean {
     return [LIVE_FILE, DURABLE_FILE].some((file) => existsSync(join(folder, file)));
   }

@@ -10,13 +10,13 @@
  * - A block that is set present was written whole, or was whole before.
  * - Requests that wait for the same block or lock go on in their order of arrival: a client that lost its connection and sent a
  *   write again, then another, never finds the first one on top.
- * - An answered flush means: all writes answered before it came are on stable storage, and so is their presence, behind them.
- *   After a failed sync no flush succeeds again: the kernel reports a lost page only once.
  */
-import { BlockferryError, errnoOf } from '../errors.js';
-import { Allocation, BASE_ALLOCATION, CommandFlag, Errno } from '../nbd/constants.js';
+import { type BlockferryError, errnoOf } from '../errors.js';
+import { CommandFlag, Errno } from '../nbd/constants.js';
 import { type IoRequest, LATER, type StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from './blocks.js';
+import { Committer } from './committer.js';
+import { reportExtents } from './extents.js';
 import { errnoOfSystem, type Image, WOULD_WAIT } from './image.js';
 import { Parking } from './parking.js';
 import type { Presence } from './presence.js';
@@ -58,9 +58,7 @@ export class BlockStore {
   #reading = 0;
   #idle: (() => void)[] = [];
   #unchanging: (() => void)[] = [];
-  #serial: Promise<unknown> = Promise.resolve();
-  #nextCommit: Promise<number> | undefined;
-  #failure: BlockferryError | null = null;
+  readonly #committer: Committer;
 
   supplier: Supplier | null = null;
   /** Fetched blocks are kept; otherwise reads of missing blocks pass through. */
@@ -81,12 +79,13 @@ export class BlockStore {
     epoch: number,
   ) {
     this.blocks = blocksOf(image.size);
+    this.#committer = new Committer(image, () => this.presence);
     this.epoch = epoch;
   }
 
   /** Why nothing can be made durable any more, if so. */
   get failure(): BlockferryError | null {
-    return this.#failure;
+    return this.#committer.failure;
   }
 
   get presentBytes(): number {
@@ -412,41 +411,12 @@ export class BlockStore {
 
   /** Makes all that was answered so far durable. Resolves with an errno. Those who ask while one runs share the next. */
   commit(): Promise<number> {
-    this.#nextCommit ??= this.serially(() => {
-      this.#nextCommit = undefined;
-      return this.#commitNow();
-    });
-    return this.#nextCommit;
-  }
-
-  async #commitNow(): Promise<number> {
-    if (this.#failure !== null) return Errno.EIO;
-    try {
-      if (this.presence === null) await this.#syncImage();
-      else await this.presence.commit(() => this.#syncImage());
-      return Errno.OK;
-    } catch (cause) {
-      this.#failure = new BlockferryError(
-        'image-io',
-        `writes to ${this.image.path} could not be made durable; check its disk, then restart this daemon`,
-        { cause },
-      );
-      return Errno.EIO;
-    }
-  }
-
-  async #syncImage(): Promise<void> {
-    if (this.image.readOnly) return;
-    const done = await this.image.sync();
-    if (done !== 0)
-      throw new BlockferryError('image-io', `fdatasync of ${this.image.path} failed: errno ${-done}`);
+    return this.#committer.commit();
   }
 
   /** Runs a step that must not meet a commit half way; one at a time, in order. */
   serially<T>(step: () => Promise<T>): Promise<T> {
-    const result = this.#serial.then(step);
-    this.#serial = result.catch(() => undefined);
-    return result;
+    return this.#committer.serially(step);
   }
 
   /** Resolves when no thread has the image in hand. Changes that come meanwhile must be kept out by the gate. */
@@ -471,32 +441,7 @@ export class BlockStore {
   }
 
   status(request: StatusRequest): void {
-    const past = request.offset + request.length;
-    const allocation = request.context === BASE_ALLOCATION;
-    let extents = 0;
-    for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
-      const local = this.#localStretch(at, past);
-      if (!allocation) {
-        request.extent(local.end - at, local.present ? 1 : 2);
-        at = local.end;
-      } else if (!local.present) {
-        request.extent(local.end - at, 0); // its holes, if any, are at the source
-        at = local.end;
-      } else {
-        const stretch = this.image.stretch(at, local.end);
-        request.extent(stretch.end - at, stretch.hole ? Allocation.HOLE | Allocation.ZERO : 0);
-        at = stretch.end;
-      }
-    }
+    reportExtents(request, this.image, this.presence);
     request.complete(Errno.OK);
-  }
-
-  #localStretch(at: number, past: number): { present: boolean; end: number } {
-    if (this.presence === null) return { present: true, end: past };
-    const block = blockAt(at);
-    const end = blocksOf(past);
-    const present = this.presence.has(block);
-    const next = present ? this.presence.nextMissing(block, end) : this.presence.nextPresent(block, end);
-    return { present, end: Math.min(next * BLOCK_BYTES, past) };
   }
 }

@@ -126,6 +126,11 @@ export class Volume {
     return result;
   }
 
+  /** Resolves when the changes of phase that were asked for are over. */
+  async quiet(): Promise<void> {
+    await this.#last;
+  }
+
   #require(transition: Transition, because = ''): void {
     if (allows(this.phase, transition)) return;
     const { from } = TRANSITIONS[transition];
@@ -297,9 +302,10 @@ export class Volume {
       }
       const proof = { volumeId: this.id, generation: this.generation + 1 };
       await this.#shut();
-      // A standby without maps is taken for a cancelled one: should this process die now, the rest is done at the next opening.
-      await this.store.serially(async () => this.store.presence?.remove());
-      await syncFolder(this.identity.folder);
+      // Should this process die, the next finds a standby that was closed, or one without maps, which is taken for a cancelled one: the
+      // rest is done at its opening.
+      await this.identity.update({ openBootId: null });
+      await this.store.serially(async () => this.store.presence?.discard());
       if (this.identity.current.imageCreated) await this.#deleteImage();
       await this.identity.remove();
       this.store.image.close();

@@ -7,7 +7,7 @@ import { after, test } from 'node:test';
 import type { VolumeStatus } from '../../src/host/service.js';
 import { BLOCK_BYTES } from '../../src/volume/blocks.js';
 import { Campaign, type VolumePlan } from '../lab/crash/campaign.js';
-import { Spares } from '../lab/crash/daemon.js';
+import { type ChildDaemon, type Daemon, Spares } from '../lab/crash/daemon.js';
 import { crashFolders } from '../lab/crash/folders.js';
 import type { Guest } from '../lab/crash/guest.js';
 import { Random, SEED } from '../lab/crash/random.js';
@@ -40,6 +40,10 @@ async function volume(
   } finally {
     await running.close();
   }
+}
+
+function statusOf(child: Daemon): Promise<VolumeStatus> {
+  return (child as ChildDaemon).command<VolumeStatus>({ do: 'status' });
 }
 
 /** Reads the blocks one by one; each is local afterwards. */
@@ -136,7 +140,7 @@ test('a source that is away when the daemon starts again: hits go on, misses wai
       await guest.change(guest.client, 'write', MIB, 8 * BLOCK_BYTES); // whole blocks need no source
       await guest.read(guest.client, MIB, 8 * BLOCK_BYTES);
       assert.ok(missed, 'a missing block was answered without its source');
-      const status = await child.command<VolumeStatus>({ do: 'status' });
+      const status = await statusOf(child);
       assert.notEqual(status.source?.state, 'connected');
     });
     await miss;
@@ -161,7 +165,7 @@ test('what is local is never said to be all before it is', async () => {
       await running.killNow(before.child, before.guest);
 
       const { child, guest } = await running.resume();
-      const status = await child.command<VolumeStatus>({ do: 'status' });
+      const status = await statusOf(child);
       assert.ok(
         status.presentBytes < size,
         `${status.presentBytes} of ${size} bytes, ${missing.length} blocks missing`,

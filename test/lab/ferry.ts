@@ -14,16 +14,20 @@ import pino from 'pino';
 import { type OpenMode, openVolumeService } from '../../src/host/open.js';
 import type { VolumeService } from '../../src/host/service.js';
 import { NbdClient } from '../../src/nbd/client/client.js';
+import { Allocation } from '../../src/nbd/constants.js';
 import type { BlockDevice } from '../../src/nbd/device.js';
 import type { ExportEntry } from '../../src/nbd/server/exports.js';
 import { Listener } from '../../src/nbd/server/listener.js';
 import { type Session, startSession } from '../../src/nbd/server/session.js';
-import { Link, type LinkOptions, type LinkTiming } from '../../src/relocation/link.js';
+import { Link, type LinkOptions } from '../../src/relocation/link.js';
+import type { RelocationTiming } from '../../src/relocation/relocation.js';
 import { type Call, MemoryDevice } from '../fakes/memory-device.js';
 
 export const KIB = 1024;
 export const MIB = 1024 * KIB;
 export const BLOCK = 4096;
+/** What a volume that arrives is called by its coordinator. */
+export const VOLUME_ID = '6f1c2f6a-0000-4000-8000-000000000001';
 
 /** FERRY_LOG=debug shows what the daemons would log. */
 export const log = pino({ level: process.env.FERRY_LOG ?? 'silent' }, pino.destination(2));
@@ -103,6 +107,21 @@ export class Lab {
     return link;
   }
 
+  /** As the destination of a move: standby, until the test takes over. */
+  arrive(source: Source, options: ProxyOptions = {}): Promise<Ferry> {
+    return this.proxy(source, {
+      ...options,
+      mode: {
+        kind: 'arrive',
+        sourceUri: source.uri,
+        volumeId: VOLUME_ID,
+        generation: 1,
+        size: source.device.size,
+        rateBytesPerSecond: options.rateBytesPerSecond ?? null,
+      },
+    });
+  }
+
   async proxy(source: Source | string, options: ProxyOptions = {}): Promise<Ferry> {
     const { mode: asked, ...settings } = options;
     const sourceUri = typeof source === 'string' ? source : source.uri;
@@ -116,7 +135,15 @@ export class Lab {
     };
     const name = settings.name ?? this.name('disk');
     const image = settings.image ?? join(this.dir, `${name}.img`);
-    const service = await openVolumeService({ stateDir: join(this.dir, 'state'), name, image, mode, log });
+    const timing = { ...QUICK, ...settings.timing };
+    const service = await openVolumeService({
+      stateDir: join(this.dir, 'state'),
+      name,
+      image,
+      mode,
+      log,
+      timing,
+    });
     const proxy = new Ferry(this, name, image, service);
     await proxy.listen(join(this.dir, this.name('proxy')));
     this.onClose(() => proxy.close());
@@ -129,7 +156,12 @@ function factsOf({ device, description }: Source): { size: number; description: 
 }
 
 /** Impatience that suits a test. */
-export const QUICK: Partial<LinkTiming> = { backoffMsMin: 5, backoffMsMax: 20, spareBackoffMs: 50 };
+export const QUICK: Partial<RelocationTiming> = {
+  backoffMsMin: 5,
+  backoffMsMax: 20,
+  spareBackoffMs: 50,
+  retryAfterErrorMs: 50,
+};
 
 export interface ProxyOptions {
   name?: string;
@@ -140,6 +172,7 @@ export interface ProxyOptions {
   background?: boolean;
   rateBytesPerSecond?: number | null;
   sourceTimeoutMs?: number | null;
+  timing?: Partial<RelocationTiming>;
 }
 
 /** Serves one device, counts its connections, and can break them. */
@@ -268,6 +301,21 @@ export class Source extends Server {
   release(): void {
     this.device.manner = () => 'now';
     this.device.completeHeld();
+  }
+
+  /** `base:allocation` tells runs of zeros, as they are when it is asked, in pieces of `grain` bytes. */
+  tellZeroes(grain = BLOCK): void {
+    const zeroes = Buffer.alloc(grain);
+    this.device.extents = (_context, { offset, length }) => {
+      const extents: [number, number][] = [];
+      for (let at = offset; at < offset + length; ) {
+        const past = Math.min(offset + length, at - (at % grain) + grain);
+        const isZero = this.device.data.compare(zeroes, 0, past - at, at, past) === 0;
+        extents.push([past - at, isZero ? Allocation.HOLE | Allocation.ZERO : 0]);
+        at = past;
+      }
+      return extents;
+    };
   }
 
   /** READs that touch these blocks fail with `errno`. */

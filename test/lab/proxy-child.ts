@@ -3,6 +3,7 @@
  * by `{id, value}` or `{id, error: {code, message}}` on standard output. It is started before it is needed (a crash test restarts
  * it hundreds of times) and opens nothing before `open` tells it what.
  */
+import { openSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import { pino } from 'pino';
 import { BlockferryError, messageOf } from '../../src/errors.js';
@@ -11,6 +12,7 @@ import type { RetreatProof, VolumeService } from '../../src/host/service.js';
 import { parseListenAddress } from '../../src/nbd/address.js';
 import { Listener } from '../../src/nbd/server/listener.js';
 import { startSession } from '../../src/nbd/server/session.js';
+import { LiveMap, type LiveTag } from '../../src/volume/live-map.js';
 
 export interface OpenCommand {
   do: 'open';
@@ -25,7 +27,36 @@ export type ChildCommand =
   | { do: 'takeover' | 'seal'; generation: number }
   | { do: 'unseal'; proof: RetreatProof }
   | { do: 'retire'; deleteImage: boolean }
-  | { do: 'setRate'; rate: number | null };
+  /** The `step`th step from now on is the last (preload.c); 0: none is. */
+  | { do: 'arm'; step: number };
+
+function arm(at: number): void {
+  try {
+    openSync(`/dev/blockferry-crash/${at}`, 'r');
+  } catch {
+    // it is never there
+  }
+}
+
+/** Makes the stores into presence.live steps at which preload.c can kill this process, as it does at system calls. */
+function step(): void {
+  try {
+    openSync('/dev/blockferry-crash/step', 'r');
+  } catch {
+    // it is never there
+  }
+}
+
+if (process.env.CRASH_ROOT !== undefined) {
+  for (const name of ['validate', 'invalidate'] as const) {
+    const real = LiveMap.prototype[name] as (tag?: LiveTag) => void;
+    LiveMap.prototype[name] = function (this: LiveMap, tag?: LiveTag): void {
+      step();
+      real.call(this, tag);
+      step();
+    };
+  }
+}
 
 const log = pino({ level: process.env.BLOCKFERRY_LOG ?? 'silent' }, pino.destination(2));
 let service: VolumeService | undefined;
@@ -54,14 +85,18 @@ async function open({ volume, socket }: OpenCommand): Promise<string> {
   return listener.addresses(opened.name)[0]!;
 }
 
+/** Another volume may be opened afterwards. */
 async function close(): Promise<void> {
   await listener?.close();
   await service?.close();
+  listener = undefined;
+  service = undefined;
 }
 
 async function obey(command: ChildCommand): Promise<unknown> {
   if (command.do === 'open') return open(command);
   if (command.do === 'close') return close();
+  if (command.do === 'arm') return arm(command.step);
   if (service === undefined) throw new BlockferryError('usage', 'no volume is open');
   switch (command.do) {
     case 'status':
@@ -82,8 +117,6 @@ async function obey(command: ChildCommand): Promise<unknown> {
       return service.unseal(command.proof);
     case 'retire':
       return service.retire({ deleteImage: command.deleteImage });
-    case 'setRate':
-      return service.setRate(command.rate);
   }
 }
 

@@ -4,6 +4,7 @@
  */
 import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
+import { copyFileSync, existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'node:test';
 import fc from 'fast-check';
@@ -13,6 +14,8 @@ import { tempFolder } from '../support/volume.js';
 const { copyPages, DurableMap, PAGE_BITS } = await CrashDisk.load();
 const PAGE_BYTES = PAGE_BITS / 8;
 const VOLUME = randomUUID();
+/** Crashes are simulated above the file system: the faster one will do. */
+const MEMORY = existsSync('/dev/shm') ? '/dev/shm' : undefined;
 
 interface Round {
   /** Each commit is of the bits set since the one before. */
@@ -24,7 +27,7 @@ interface Round {
 
 /** A volume whose image has nothing but bits: which were written, which are on stable storage. */
 class Model {
-  readonly #path = join(tempFolder(), 'presence.map');
+  readonly #path = join(tempFolder(MEMORY), 'presence.map');
   readonly #disk = new CrashDisk(this.#path);
   /** What the process knows, or the live map after it was killed. */
   #written = new Set<number>();
@@ -79,7 +82,6 @@ class Model {
 
   /** Reads the file as the crash left it, in a copy: opening repairs, and the next round is to meet the file unrepaired. */
   async #afterCrash(): Promise<void> {
-    const { copyFileSync } = await import('node:fs');
     const copy = `${this.#path}.copy`;
     copyFileSync(this.#path, copy);
     const bytes = new Uint8Array(this.pages * PAGE_BYTES);

@@ -48,6 +48,7 @@ export class CrashDisk {
   #durable: Buffer;
   readonly #pending = new Map<number, Buffer[]>();
   #events = 0;
+  #life = 0;
   #crashAt = Number.POSITIVE_INFINITY;
   #crash: () => void = () => {};
   #random: (below: number) => number = randomFrom(1);
@@ -84,9 +85,11 @@ export class CrashDisk {
 
   /** A sync of some length, in turns of the microtask queue; `done` runs unless the machine died. */
   async syncing(done: () => void): Promise<void> {
+    const life = this.#life;
     this.event();
     for (let turns = this.#random(2) * this.#random(40); turns > 0; turns--) await Promise.resolve();
-    if (this.crashed) return never;
+    // A process that was killed in here is dead, also when the next one runs by now.
+    if (this.crashed || life !== this.#life) return never;
     done();
     this.event();
     if (this.crashed) return never;
@@ -124,6 +127,7 @@ export class CrashDisk {
    * leave of each pending sector what they say. Whatever `life` throws before the crash is thrown.
    */
   async run(crashAt: number, kind: CrashKind, seed: number, life: () => Promise<void>): Promise<void> {
+    this.#life++;
     this.#events = 0;
     this.#crashAt = crashAt;
     this.#random = randomFrom(seed);

@@ -1,5 +1,6 @@
 /** The route table of the control API: what each path does, in one line each. */
 
+import { BlockferryError } from '../../errors.js';
 import type { Machines } from '../machines.js';
 import type { Volumes } from '../volumes.js';
 import {
@@ -26,25 +27,46 @@ const POWERDOWN_MS = 30_000;
 
 export function controlRoutes(parts: {
   status: () => Promise<StatusView>;
+  /** Volumes and machines of an earlier run are known again: until then nothing may be said of them, not even that they are not there. */
+  ready: () => boolean;
   volumes: Volumes;
   machines: Machines;
 }): Route[] {
   const { volumes, machines } = parts;
   return [
     route('GET', '/v1/status', nothing, () => parts.status()),
-    ...volumeRoutes(volumes),
-    route('GET', '/v1/vms', nothing, async () => ({ vms: await machines.views() })),
-    ...machineRoutes(machines),
+    ...[
+      ...volumeRoutes(volumes),
+      route('GET', '/v1/vms', nothing, async () => ({ vms: await machines.views() })),
+      ...machineRoutes(machines),
+    ].map((entry) => whenReady(entry, parts.ready)),
   ];
+}
+
+function whenReady(entry: Route, ready: () => boolean): Route {
+  const handler: Route['handler'] = (call) => {
+    if (ready()) return entry.handler(call);
+    return Promise.reject(
+      new BlockferryError(
+        'control',
+        'the daemon is starting and does not know all its volumes yet: try again',
+      ),
+    );
+  };
+  return { ...entry, handler };
 }
 
 function volumeRoutes(volumes: Volumes): Route[] {
   const path = (verb: string): string => `/v1/volumes/:name/${verb}`;
   return [
-    route('GET', '/v1/volumes/:name', nothing, async ({ params }) => volumes.view(params.name)),
+    // A coordinator decides by this answer: what another one asked for before it was killed must have had its effect.
+    route('GET', '/v1/volumes/:name', nothing, async ({ params }) => {
+      await volumes.quiet(params.name);
+      return volumes.view(params.name);
+    }),
     route('POST', '/v1/volumes', createVolume, ({ body }) => volumes.arrive(body)),
     route('POST', path('takeover'), takeover, ({ params, body }) =>
-      volumes.service(params.name).takeover(body.generation),
+      volumes.takeover(params.name, body.generation),
     ),
     route('POST', path('seal'), seal, ({ params, body }) =>
       done(volumes.service(params.name).seal(body.generation)),

@@ -172,7 +172,7 @@ class Attempt implements Receiver {
   ended(error: Error | null): void {
     if (this.#over) return;
     if (!this.#stands) {
-      this.#fail('source-unreachable', describeLoss(error), error);
+      this.#fail('source-unreachable', describeRefusal(error), error);
       return;
     }
     if (error !== null && isTlsError(error)) {
@@ -222,6 +222,20 @@ function secretsOf(uri: NbdUri, defaults: ClientTlsSettings = {}): tls.Connectio
   if (uri.tls === undefined) return null;
   const host = uri.address.kind === 'tcp' ? uri.address.host : null;
   return loadClientTls(mergeClientTls(uri.tls, defaults), host);
+}
+
+/** What to do where a connection never came to be, for the reasons that people meet. */
+const ADVICE: Record<string, string> = {
+  ECONNREFUSED: 'nobody listens there, start the server first',
+  ENOENT: 'there is no such socket, start the server first or check the path',
+  ENOTFOUND: 'the host name is not known, check it',
+  EACCES: 'permission denied, run as a user who may use the socket',
+};
+
+function describeRefusal(error: Error | null): string {
+  const first = error instanceof AggregateError ? error.errors[0] : error;
+  const advice = ADVICE[(first as NodeJS.ErrnoException | null)?.code ?? ''];
+  return advice === undefined ? describeLoss(error) : `${advice} (${describeLoss(error)})`;
 }
 
 /** Without `callback` what is received comes as the socket's 'data'. */

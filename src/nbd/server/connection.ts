@@ -193,10 +193,9 @@ export class Connection {
   }
 
   #secured(socket: TLSSocket, identity: ClientIdentity, behindTls: { noZeroes: boolean }): void {
-    if (this.#state.kind !== 'starttls') {
-      socket.destroy();
-      return;
-    }
+    // Cut off meanwhile: the TLS socket goes when the one below it has closed. Not here: Node is inside OpenSSL, and with nothing
+    // left below it would free at once what OpenSSL is using.
+    if (this.#state.kind !== 'starttls' || this.#socket.destroyed) return;
     this.#socket.off('close', this.#onClose); // from now on the TLS socket's counts, which takes the other with it
     this.#socket = socket;
     this.#identity = identity;

@@ -1,9 +1,11 @@
 /** Listening sockets: opened at an address, with what is needed to do it safely, and known by where they really are. */
 import { lstatSync, readFileSync, readlinkSync, type Stats, unlinkSync } from 'node:fs';
 import net from 'node:net';
-import { resolve } from 'node:path';
+import { dirname, resolve } from 'node:path';
 import { BlockferryError, messageOf } from '../../errors.js';
 import { formatListenAddress, type ListenAddress } from '../address.js';
+
+const NO_FOLDER = 'the folder does not exist: create it first';
 
 /** Tries at a unix path: another daemon may be replacing the same stale socket. */
 const UNIX_BIND_ATTEMPTS = 3;
@@ -121,14 +123,17 @@ function reasonOf(address: ListenAddress, error: NodeJS.ErrnoException): string 
         ? 'the path is taken: choose another one'
         : 'the port is taken: stop the server that has it or choose another port';
     case 'EACCES':
-      return 'permission denied: choose a place this user may use';
+      // What libuv makes of a folder that is not there, for unix sockets.
+      return address.kind === 'unix' && statOf(dirname(address.path)) === undefined
+        ? NO_FOLDER
+        : 'permission denied: choose a place this user may use';
     case 'EADDRNOTAVAIL':
       return 'this machine does not have that address';
     case 'ENOTFOUND':
     case 'EAI_AGAIN':
       return 'the host name is not known here';
     case 'ENOENT':
-      return 'the folder does not exist: create it first';
+      return NO_FOLDER;
     default:
       return error.message;
   }

@@ -6,10 +6,10 @@ import assert from 'node:assert/strict';
 import { mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
-import type { Phase, VolumeStatus } from '../../../src/host/service.js';
+import type { Phase } from '../../../src/host/service.js';
 import { Errno } from '../../../src/nbd/constants.js';
 import { contentOf, SOURCE_TAG } from './content.js';
-import { type ChildDaemon, Died, type Spares } from './daemon.js';
+import { CommandDaemon, type Daemon, Died, type Spares } from './daemon.js';
 import { Guest, MIXED, type Mix } from './guest.js';
 import type { Machine } from './machine.js';
 import { DiskModel } from './model.js';
@@ -50,6 +50,7 @@ export interface Tally {
 
 /** Share of the daemon's deaths that are the machine's. */
 const POWER_LOST = 0.7;
+const HAND_OFF_MS_MAX = 10_000;
 const LOSSES: Loss[] = [0, 0.05, 0.5, 1, 1];
 
 const ZERO_EVERY_BYTES = 1 << 20;
@@ -63,14 +64,15 @@ export class Campaign {
   readonly tally: Tally = { kills: 0, powerLosses: 0, operations: 0, refused: 0, local: [] };
   readonly #errors: string[] = [];
   #served!: RunningSource;
-  #running: ChildDaemon | undefined;
+  #running: Daemon | undefined;
   /** What was local for certain when the daemon last died: it is never fetched again. */
   #kept: Uint8Array;
 
   private constructor(
     readonly plan: VolumePlan,
     readonly random: Random,
-    readonly spares: Spares,
+    /** What starts its daemons: spares, or the real command line. */
+    readonly starts: Spares | 'command',
   ) {
     const content = contentOf(SOURCE_TAG, 0, plan.sizeBytes);
     const zeroes = [];
@@ -94,9 +96,9 @@ export class Campaign {
     this.stateDir = join(disk, 'state');
   }
 
-  static async begin(plan: VolumePlan, random: Random, spares: Spares): Promise<Campaign> {
+  static async begin(plan: VolumePlan, random: Random, starts: Spares | 'command'): Promise<Campaign> {
     mkdirSync(plan.folder, { recursive: true });
-    const campaign = new Campaign(plan, random, spares);
+    const campaign = new Campaign(plan, random, starts);
     await campaign.#serve();
     return campaign;
   }
@@ -117,7 +119,7 @@ export class Campaign {
   }
 
   /** From now on nothing that is local now may be fetched again. */
-  #daemonDied(child: ChildDaemon): void {
+  #daemonDied(child: Daemon): void {
     this.tally.kills++;
     const { machine } = this.plan;
     machine?.daemonDied(child);
@@ -148,21 +150,38 @@ export class Campaign {
   }
 
   /** A daemon that serves the volume, and a guest that settled what was doubtful. */
-  async resume(): Promise<{ child: ChildDaemon; guest: Guest }> {
-    const child = this.#take();
-    const uri = await child.open(this.volume(), this.socket);
-    return { child, guest: await this.attach(uri) };
+  async resume(): Promise<{ child: Daemon; guest: Guest }> {
+    const { child, uri } = this.#launch();
+    return { child, guest: await this.attach(await uri) };
   }
 
-  #take(): ChildDaemon {
-    this.#running = this.spares.take();
-    return this.#running;
+  #launch(): { child: Daemon; uri: Promise<string> } {
+    if (this.starts === 'command') {
+      const child = new CommandDaemon(this.words());
+      this.#running = child;
+      return { child, uri: child.ready() };
+    }
+    const child = this.starts.take();
+    this.#running = child;
+    return { child, uri: child.open(this.volume(), this.socket) };
   }
 
   async attach(uri: string): Promise<Guest> {
     const guest = await Guest.attach(uri, this.model, this.random.fork());
     await guest.settle();
     return guest;
+  }
+
+  /** Starts the real daemon: words of its command line, and what kills it in the end. */
+  words(): string[] {
+    const { name, background = true, rateBytesPerSecond = null, standby = false } = this.plan;
+    return [
+      ...['proxy', this.sourceUri, this.image, '--name', name],
+      ...['--listen', `unix:${this.socket}`, '--state-dir', this.stateDir, '--log-level', 'warn'],
+      ...(background ? [] : ['--no-background']),
+      ...(standby ? ['--standby'] : []),
+      ...(rateBytesPerSecond === null ? [] : ['--bandwidth', `${rateBytesPerSecond}/s`]),
+    ];
   }
 
   /** One life of the daemon, and its end. */
@@ -175,7 +194,7 @@ export class Campaign {
 
   /** Lets the guest work, and kills the daemon after so many answers and a moment more. */
   async killAtWork(
-    child: ChildDaemon,
+    child: Daemon,
     guest: Guest,
     options: { answers: number; moment?: Moment; mix?: Mix },
   ): Promise<void> {
@@ -187,7 +206,7 @@ export class Campaign {
   }
 
   /** An orderly end: all that was answered is durable. */
-  async #stop(child: ChildDaemon, guest: Guest, answers: number): Promise<void> {
+  async #stop(child: Daemon, guest: Guest, answers: number): Promise<void> {
     guest.onAnswer = () => {
       if (guest.completed >= answers) guest.stop();
     };
@@ -201,29 +220,32 @@ export class Campaign {
   }
 
   /** Kills the daemon a moment from now. */
-  async killNow(child: ChildDaemon, guest: Guest): Promise<void> {
+  async killNow(child: Daemon, guest: Guest): Promise<void> {
     await this.pause();
     await child.kill();
     this.#ended(child, guest);
   }
 
-  #ended(child: ChildDaemon, guest: Guest): void {
+  #ended(child: Daemon, guest: Guest): void {
     guest.detach();
     this.tally.operations += guest.completed;
     this.tally.refused += guest.refused;
     this.#daemonDied(child);
   }
 
-  async phaseOf(child: ChildDaemon): Promise<Phase> {
-    return (await child.command<VolumeStatus>({ do: 'status' })).phase;
+  /** What volume.json says. */
+  phase(): Phase {
+    const path = join(this.stateDir, this.plan.name, 'volume.json');
+    return (JSON.parse(readFileSync(path, 'utf8')) as { phase: Phase }).phase;
   }
 
   async #dieAtStart(): Promise<void> {
-    const child = this.#take();
-    const opened = child.open(this.volume(), this.socket).catch((error) => {
+    const { child, uri } = this.#launch();
+    const opened = uri.catch((error) => {
       if (!(error instanceof Died)) throw error;
     });
-    await delay(this.random.below(25));
+    // A spare has only the volume to open; the command begins with node itself.
+    await delay(this.random.below(this.starts === 'command' ? 600 : 25));
     await this.pause();
     await child.kill();
     await opened;
@@ -231,11 +253,11 @@ export class Campaign {
   }
 
   /** Resolves when the daemon is dead: after so many answers, and a moment more. */
-  #diesAt(moment: Moment, child: ChildDaemon, guest: Guest, operations: number): Promise<void> {
+  #diesAt(moment: Moment, child: Daemon, guest: Guest, operations: number): Promise<void> {
     return new Promise((resolve, reject) => {
       const die = async (): Promise<void> => {
         if (moment === 'flush') void guest.flush(guest.client);
-        if (moment === 'close') child.process.stdin!.end();
+        if (moment === 'close') child.end();
         await this.pause();
         await child.kill();
       };
@@ -291,11 +313,13 @@ export class Campaign {
     await guest.compareAll();
     if (this.model.keeps) {
       await guest.readAll(); // fetches what is missing
-      await child.command({ do: 'handedOff' });
+      for (const deadline = Date.now() + HAND_OFF_MS_MAX; this.phase() !== 'plain'; await delay(2))
+        assert.ok(Date.now() < deadline, 'all blocks are local, and no hand-off comes');
       await guest.readAll();
     }
     guest.detach();
     await child.stop();
+    assert.equal(child.process.exitCode, 0, child.stderr);
     this.check();
     if (this.model.keeps) this.model.checkAll(readFileSync(this.image), 'the image after the hand-off');
   }

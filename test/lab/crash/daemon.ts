@@ -24,12 +24,15 @@ function start(words: string[], env: NodeJS.ProcessEnv): ChildProcess {
 }
 
 /** Any daemon of ours that can be killed. */
-export class Daemon {
+export abstract class Daemon {
   readonly exited: Promise<void>;
   #gone = false;
   #stderr = '';
 
-  constructor(readonly process: ChildProcess) {
+  constructor(
+    readonly process: ChildProcess,
+    readonly env: NodeJS.ProcessEnv,
+  ) {
     this.exited = once(process, 'exit').then(() => {
       this.#gone = true;
     });
@@ -48,6 +51,15 @@ export class Daemon {
     return this.#stderr;
   }
 
+  /** Asks it to end in order. */
+  abstract end(): void;
+
+  /** An orderly end. */
+  async stop(): Promise<void> {
+    this.end();
+    await this.exited;
+  }
+
   /** kill -9; resolves when nothing of it is left. */
   async kill(): Promise<void> {
     if (!this.#gone) this.process.kill('SIGKILL');
@@ -60,8 +72,8 @@ export class ChildDaemon extends Daemon {
   #id = 0;
   readonly #waiting = new Map<number, Waiting>();
 
-  constructor(readonly env: NodeJS.ProcessEnv = {}) {
-    super(start([CHILD], env));
+  constructor(env: NodeJS.ProcessEnv = {}) {
+    super(start([CHILD], env), env);
     createInterface({ input: this.process.stdout! }).on('line', (line) => this.#answered(line));
     void this.exited.then(() => {
       for (const { reject } of this.#waiting.values()) reject(new Died(`the daemon died: ${this.stderr}`));
@@ -96,10 +108,8 @@ export class ChildDaemon extends Daemon {
     return this.command<string>({ do: 'open', volume, socket });
   }
 
-  /** An orderly end. */
-  async stop(): Promise<void> {
+  end(): void {
     this.process.stdin!.end();
-    await this.exited;
   }
 }
 
@@ -126,7 +136,7 @@ export class CommandDaemon extends Daemon {
   readonly #ready: Promise<string>;
 
   constructor(words: string[], env: NodeJS.ProcessEnv = {}) {
-    super(start([COMMAND, ...words], env));
+    super(start([COMMAND, ...words], env), env);
     this.#ready = new Promise((resolve, reject) => {
       createInterface({ input: this.process.stdout! }).once('line', resolve);
       void this.exited.then(() => reject(new Died(`the daemon ended: ${this.stderr}`)));
@@ -143,8 +153,7 @@ export class CommandDaemon extends Daemon {
     return uri;
   }
 
-  async stop(): Promise<void> {
+  end(): void {
     this.process.kill('SIGTERM');
-    await this.exited;
   }
 }

@@ -2,7 +2,7 @@
 import { randomUUID } from 'node:crypto';
 import { existsSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { ChildDaemon } from './daemon.js';
+import type { Daemon } from './daemon.js';
 import { buildPreload, type Loss, PowerLoss } from './power.js';
 import type { Random } from './random.js';
 
@@ -30,25 +30,29 @@ export class Machine {
   /** For a daemon of this machine. */
   env(): NodeJS.ProcessEnv {
     return {
-      LD_PRELOAD: this.#library,
+      ...this.envUnwatched(),
       CRASH_ROOT: this.root,
       CRASH_LOG: join(this.#folder, `log-${++this.#logs}`),
-      CRASH_BOOT_ID: this.#bootFile,
       CRASH_SYNC_US: String(SYNC_US_MAX),
     };
   }
 
+  /** For a daemon of this machine that dies only in order. */
+  envUnwatched(): NodeJS.ProcessEnv {
+    return { LD_PRELOAD: this.#library, CRASH_BOOT_ID: this.#bootFile };
+  }
+
   /** The machine starts; what is on its disk now is durable. */
-  boot(): PowerLoss {
-    writeFileSync(this.#bootFile, `${randomUUID()}\n`);
+  boot(id: string = randomUUID()): PowerLoss {
+    writeFileSync(this.#bootFile, `${id}\n`);
     this.#power = new PowerLoss(this.root);
     return this.#power;
   }
 
   /** To be called for each daemon that is dead, in order. Returns how many steps it made since it was last armed. */
-  daemonDied(child: ChildDaemon): number {
-    const log = child.env.CRASH_LOG!;
-    if (!existsSync(log)) return 0;
+  daemonDied(child: Daemon): number {
+    const log = child.env.CRASH_LOG;
+    if (log === undefined || !existsSync(log)) return 0;
     this.#power.replay(log);
     rmSync(log);
     return this.#power.stepsSinceArmed;

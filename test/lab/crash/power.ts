@@ -46,6 +46,8 @@ enum Kind {
   RMDIR,
   CREATE,
   ARMED,
+  /** A step that changes no file. */
+  MARK,
 }
 
 const FALLOC_KEEP_SIZE = 1;
@@ -174,8 +176,11 @@ export class PowerLoss {
       case Kind.FALLOCATE:
         this.#change(record);
         break;
+      case Kind.ARMED:
+      case Kind.MARK:
+        break;
       default:
-        if (record.path !== '') this.#name(record);
+        this.#name(record);
     }
   }
 
@@ -269,9 +274,10 @@ export class PowerLoss {
     for (const entry of readdirSync(this.#root))
       rmSync(join(this.#root, entry), { recursive: true, force: true });
     for (const [path, entry] of [...found].sort(([a], [b]) => a.length - b.length)) {
+      if (path === this.#root || !existsSync(dirname(path))) continue; // its folder's name was lost
       if (entry === 'folder') {
-        mkdirSync(path, { recursive: true });
-      } else if (existsSync(dirname(path))) {
+        mkdirSync(path);
+      } else {
         const content = mapped.get(path);
         if (content === undefined) writeSparse(path, contentAfter(entry, random, loss));
         else writeFileSync(path, pagesLost(content, random, loss));

@@ -6,7 +6,6 @@
  *   CRASH_LOG       file that records are appended to (struct record, then paths and data)
  *   CRASH_BOOT_ID   file that is read instead of the machine's boot id
  *   CRASH_SYNC_US   longest time that a sync takes longer than it would
- *   CRASH_AT        die before this step, counted from the start
  *
  * Opening /dev/blockferry-crash/N arms it at run time: the Nth step from then on is the last; N = 0: none is. Opening
  * /dev/blockferry-crash/step is itself a step. A step is whatever changes files or makes changes durable. What is not known here
@@ -32,7 +31,7 @@
 #define FDS_MAX 65536
 #define MAGIC 0x31435242 /* "BRC1" */
 
-enum kind { OPENED = 1, CLOSED, ENDED, WRITE, PWRITE, TRUNCATE, FALLOCATE, SYNC, RENAME, UNLINK, MKDIR, RMDIR, CREATE, ARMED };
+enum kind { OPENED = 1, CLOSED, ENDED, WRITE, PWRITE, TRUNCATE, FALLOCATE, SYNC, RENAME, UNLINK, MKDIR, RMDIR, CREATE, ARMED, MARK };
 
 struct record {
   uint32_t magic, kind;
@@ -70,7 +69,6 @@ __attribute__((constructor)) static void start(void) {
   root_bytes = strlen(root);
   log_fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
   if (getenv("CRASH_SYNC_US")) sync_us = (unsigned)atoi(getenv("CRASH_SYNC_US"));
-  if (getenv("CRASH_AT")) die_at = atol(getenv("CRASH_AT"));
 }
 
 static int watches(const char *path) {
@@ -115,8 +113,8 @@ static void end(uint32_t id, long result) {
 }
 
 static void arm(const char *what) {
-  struct record r = {.kind = ARMED};
-  if (strcmp(what, "step") == 0) {
+  struct record r = {.kind = strcmp(what, "step") == 0 ? MARK : ARMED};
+  if (r.kind == MARK) {
     end(begin(&r, NULL, NULL, NULL), 0);
     return;
   }
@@ -137,14 +135,14 @@ int open64(const char *path, int flags, ...) {
     mode = va_arg(list, mode_t);
     va_end(list);
   }
+  const char *boot = getenv("CRASH_BOOT_ID");
+  if (boot && strcmp(path, "/proc/sys/kernel/random/boot_id") == 0) path = boot;
   if (!root) return real(path, flags, mode);
   if (strncmp(path, "/dev/blockferry-crash/", 22) == 0) {
     arm(path + 22);
     errno = ENOENT;
     return -1;
   }
-  const char *boot = getenv("CRASH_BOOT_ID");
-  if (boot && strcmp(path, "/proc/sys/kernel/random/boot_id") == 0) path = boot;
   if (!watches(path)) {
     const int fd = real(path, flags, mode);
     if (fd >= 0 && fd < FDS_MAX) tracked[fd] = 0;

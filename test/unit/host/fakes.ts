@@ -91,6 +91,7 @@ export class FakeService implements VolumeService {
       error: null,
     };
   }
+  async quiet(): Promise<void> {}
   async seal(generation: number): Promise<void> {
     if (this.phase === 'sealed' && this.sealedFor === generation) return;
     this.require('plain');

@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
-import { appendFileSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import { appendFileSync, mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
@@ -50,6 +51,40 @@ describe('journal', () => {
     const text = readFileSync(journal.path, 'utf8');
     assert.ok(text.startsWith(whole));
     assert.equal(Journal.open(journal.path).entries.length, 3);
+  });
+
+  test('stays readable when the disk was full for a while', async () => {
+    const journal = Journal.create(folder, await newPlan());
+    journal.close();
+    const limit = statSync(journal.path).size + 150; // the first entry fits, the second one in part
+    const script = `
+      import { execFileSync } from 'node:child_process';
+      import { Journal } from ${JSON.stringify(new URL('../../../src/migration/journal.js', import.meta.url).href)};
+      const limit = (bytes) => execFileSync('prlimit', ['--pid', String(process.pid), '--fsize=' + bytes + ':']);
+      const journal = Journal.open(${JSON.stringify(journal.path)});
+      journal.append({ kind: 'begin', step: 'claim' }, true);
+      limit(${limit});
+      let refused = 0;
+      for (let i = 0; i < 2; i++) {
+        try {
+          journal.append({ kind: 'turn', direction: 'back', why: 'w'.repeat(200) }, true);
+        } catch {
+          refused++;
+        }
+      }
+      limit('unlimited');
+      journal.append({ kind: 'begin', step: 'discard' }, true);
+      journal.close();
+      process.stdout.write(String(refused));
+    `;
+    const child = spawnSync(process.execPath, ['--input-type=module', '-e', script], { encoding: 'utf8' });
+    assert.equal(child.stdout, '2', child.stderr);
+    const again = Journal.open(journal.path);
+    assert.deepEqual(
+      again.entries.slice(1).map((entry) => (entry.kind === 'begin' ? entry.step : entry.kind)),
+      ['claim', 'discard'],
+    );
+    again.close();
   });
 
   test('does not go on from what it cannot understand', async () => {

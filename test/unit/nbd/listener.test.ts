@@ -201,10 +201,7 @@ describe('listening', () => {
   });
 
   test('a folder that does not exist, an unknown host, a descriptor that is none', async () => {
-    await assert.rejects(
-      serve(`unix:${join(folder, 'no/s')}`),
-      refusal(/the folder does not exist|permission denied/),
-    );
+    await assert.rejects(serve(`unix:${join(folder, 'no/s')}`), refusal(/the folder does not exist/));
     await assert.rejects(serve('no-such-host.invalid:0'), refusal(/the host name is not known/));
     await assert.rejects(serve('fd:9999'), refusal(/descriptor 9999 is no listening socket/));
   });

@@ -54,6 +54,26 @@ test('a READ over 64 separate missing runs fetches just those, pipelined (xNBD f
   assert.equal(source.readBytes, 64 * BLOCK);
 });
 
+test('a READ over thousands of separate runs is fetched a part at a time, each block once', async (t) => {
+  const lab = new Lab(t);
+  const source = await lab.source(8 * MIB);
+  const proxy = await lab.proxy(source);
+  const guest = await proxy.guest();
+  const expected = Buffer.from(source.device.data);
+  for (let block = 1; block < 2048; block += 2) {
+    await writeAt(guest, block * BLOCK, Buffer.alloc(BLOCK, 7));
+    expected.fill(7, block * BLOCK, (block + 1) * BLOCK);
+  }
+  source.hold();
+  const read = readAt(guest, 0, 8 * MIB);
+  await until(() => source.held > 200, 'many are in flight');
+  await quiet();
+  assert.ok(source.held <= 256, `${source.held} in flight`);
+  source.release();
+  assertBlocks(await read, expected);
+  assert.ok([...source.readsPerBlock().values()].every((times) => times === 1));
+});
+
 test('a write that covers blocks in part fetches its two edges, and only them', async (t) => {
   const lab = new Lab(t);
   const source = await lab.source(MIB);

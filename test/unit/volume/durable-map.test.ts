@@ -296,7 +296,7 @@ describe('DurableMap', () => {
     assert.equal(loaded[1099 * PAGE_BYTES], 0);
   });
 
-  test('a large map is sparse on disk and loads what little it holds', async () => {
+  test('a large map has its space from the start, and loads what little it holds', async () => {
     const pages = 8324; // 1 TiB of blocks
     const it = await Fixture.of(pages);
     it.bits[0] = 1;
@@ -305,7 +305,7 @@ describe('DurableMap', () => {
     await it.commit(0, 5000, pages - 1);
     const { blocks, size } = statSync(it.path);
     assert.equal(size, PAGES_AT + 2 * pages * SLOT);
-    assert.ok(blocks * 512 < 200 * 1024, `${blocks * 512} bytes`);
+    assert.ok(blocks * 512 >= size, `${blocks * 512} bytes: a commit could fail on a full disk`);
     it.map.close();
     assert.deepEqual(await it.load(), Buffer.from(it.bits));
   });

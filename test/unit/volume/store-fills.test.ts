@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import { writeFileSync } from 'node:fs';
 import { afterEach, describe, test } from 'node:test';
 import { Errno } from '../../../src/nbd/constants.js';
+import { LATER } from '../../../src/nbd/device.js';
 import { B, StoreFixture } from '../../support/store.js';
 import { Io, patterned } from '../../support/volume.js';
 
@@ -119,6 +120,24 @@ describe('fills', () => {
     it.source.deliver(0, 4);
     assert.ok(read.payload.equals(it.sourceBlock(0)));
     it.holds(1, patterned(B, 2));
+  });
+
+  test('of zeros, while the guest writes: the write waits and lands on top', async () => {
+    it = await StoreFixture.of(4 * B);
+    writeFileSync(it.image.path, patterned(4 * B, 6), { flag: 'r+' });
+    const { calls } = it.hold('zero');
+    const filled = it.store.fillZeroes(1, 0, 4);
+    assert.equal(it.store.writeNow(B, B, patterned(B, 2), 0), LATER);
+    const [whole, part] = [Io.write(B, patterned(B, 2)), Io.write(2 * B + 9, patterned(9, 3))];
+    it.store.write(whole);
+    it.store.write(part);
+    await calls[0]!.release();
+    assert.deepEqual([await filled, whole.errno, part.errno], [Errno.OK, Errno.OK, Errno.OK]);
+    it.holds(1, patterned(B, 2));
+    const mixed = Buffer.alloc(B);
+    patterned(9, 3).copy(mixed, 9);
+    it.holds(2, mixed);
+    it.holds(3, zeros);
   });
 
   test('of zeros that fail: missing still', async () => {

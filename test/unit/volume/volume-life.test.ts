@@ -251,13 +251,31 @@ describe('close', () => {
     await volume.close();
   });
 
-  test('a seal waits for a zero under way and makes it durable', async () => {
+  test('a seal waits for a zero under way, and is answered when all is durable', async () => {
     const volume = await volumeIn('plain');
     const zero = new Io(0, B);
     volume.store.zero(zero);
+    const { image } = volume.store;
+    const sync = image.sync.bind(image);
+    let synced = 0;
+    image.sync = () => {
+      assert.deepEqual([zero.errno, volume.phase], [Errno.OK, 'plain']);
+      synced++;
+      return sync();
+    };
     await volume.seal(2);
-    assert.equal(zero.errno, Errno.OK);
+    assert.equal(synced, 1);
     assert.ok(read(volume, 0, B).equals(Buffer.alloc(B)));
+  });
+
+  test('a seal that cannot make all durable fails, and the volume is plain still', async () => {
+    const root = host();
+    const volume = await volumeIn('plain', root);
+    volume.store.image.sync = async () => -5;
+    await assert.rejects(volume.seal(2), failsWith('image-io'));
+    assert.equal(volume.phase, 'plain');
+    assert.equal(await readIdentity(folderOf(root)), undefined);
+    assert.equal(volume.store.writeNow(0, B, patterned(B), 0), Errno.OK);
   });
 });
 

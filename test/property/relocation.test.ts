@@ -1,0 +1,195 @@
+/** Any guest, any source that breaks: what the guest reads, and the image in the end, equal a model of its answered requests. */
+import assert from 'node:assert/strict';
+import { readFileSync } from 'node:fs';
+import { type TestContext, test } from 'node:test';
+import fc from 'fast-check';
+import { Errno } from '../../src/nbd/constants.js';
+import { assertBlocks, BLOCK, Lab, pattern, readAt, writeAt } from '../lab/ferry.js';
+
+const SIZE = 96 * BLOCK + 700;
+
+type Step =
+  | { kind: 'read' | 'zero' | 'trim'; offset: number; length: number }
+  | { kind: 'write'; offset: number; length: number; fill: number; fua: boolean }
+  | { kind: 'prefetch'; offset: number; length: number }
+  | { kind: 'flush' | 'cut' | 'down' | 'up' | 'hold' | 'release' | 'wait' | 'restart' }
+  | { kind: 'fail'; block: number };
+
+const place = fc
+  .tuple(
+    fc.integer({ min: 0, max: SIZE - 1 }),
+    fc.oneof(fc.integer({ min: 1, max: 2 * BLOCK }), fc.integer({ min: 1, max: 40 * BLOCK })),
+    fc.boolean(),
+  )
+  .map(([at, span, aligned]) => {
+    const offset = aligned ? at - (at % BLOCK) : at;
+    return { offset, length: Math.min(aligned ? Math.ceil(span / BLOCK) * BLOCK : span, SIZE - offset) };
+  });
+
+const step: fc.Arbitrary<Step> = fc.oneof(
+  { weight: 6, arbitrary: place.map((at) => ({ kind: 'read' as const, ...at })) },
+  {
+    weight: 8,
+    arbitrary: fc
+      .tuple(place, fc.integer({ min: 1, max: 255 }), fc.boolean())
+      .map(([at, fill, fua]) => ({ kind: 'write' as const, ...at, fill, fua })),
+  },
+  { weight: 2, arbitrary: place.map((at) => ({ kind: 'zero' as const, ...at })) },
+  { weight: 1, arbitrary: place.map((at) => ({ kind: 'trim' as const, ...at })) },
+  { weight: 1, arbitrary: place.map((at) => ({ kind: 'prefetch' as const, ...at })) },
+  {
+    weight: 6,
+    arbitrary: fc
+      .constantFrom('flush', 'cut', 'down', 'up', 'hold', 'release', 'wait', 'restart')
+      .map((kind) => ({ kind }) as Step),
+  },
+  {
+    weight: 1,
+    arbitrary: fc.integer({ min: 0, max: 97 }).map((block) => ({ kind: 'fail' as const, block })),
+  },
+);
+
+async function inTime(what: string, ms: number, done: Promise<unknown>): Promise<void> {
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`${what}: not over in ${ms} ms`)), ms);
+  });
+  await Promise.race([done, late]).finally(() => clearTimeout(timer));
+}
+
+async function run(steps: readonly Step[], background: boolean, sparse: boolean): Promise<void> {
+  const closers: (() => Promise<void>)[] = [];
+  const lab = new Lab({
+    after: (close: () => Promise<void>) => closers.push(close),
+  } as unknown as TestContext);
+  try {
+    await inTime('the run', 20_000, runIn(lab, steps, background, sparse));
+  } finally {
+    for (const close of closers) await inTime('the end', 20_000, close());
+  }
+}
+
+async function runIn(lab: Lab, steps: readonly Step[], background: boolean, sparse: boolean): Promise<void> {
+  const model = pattern(SIZE);
+  if (sparse) model.fill(0, 20 * BLOCK, 60 * BLOCK);
+  const source = await lab.source(SIZE, { data: model });
+  if (sparse) source.tellZeroes(512);
+  let proxy = await lab.proxy(source, { background });
+  let guest = await proxy.guest();
+  let up = true;
+  /** Requests in flight; no two overlap, so that the model is certain. */
+  let busy: { offset: number; length: number; done: Promise<void> }[] = [];
+
+  const settleAll = async () => {
+    if (!up) await source.start();
+    up = true;
+    source.failBlocks([]);
+    source.release();
+    await inTime('requests', 5000, Promise.all(busy.map(({ done }) => done)));
+    busy = [];
+  };
+  const start = async (offset: number, length: number, request: () => Promise<unknown>) => {
+    if (busy.some((other) => other.offset < offset + length && offset < other.offset + other.length))
+      await settleAll();
+    // A request that failed with EIO did nothing: it is sent again when the source is well.
+    const done = (async () => {
+      for (;;) {
+        try {
+          await request();
+          return;
+        } catch (error) {
+          assert.equal((error as { cause?: { errno?: number } }).cause?.errno, Errno.EIO, String(error));
+          source.failBlocks([]);
+        }
+      }
+    })();
+    busy.push({ offset, length, done });
+  };
+  for (const step of steps) {
+    switch (step.kind) {
+      case 'read': {
+        const expected = Buffer.from(model.subarray(step.offset, step.offset + step.length));
+        await start(step.offset, step.length, async () =>
+          assertBlocks(await readAt(guest, step.offset, step.length), expected, 'a read'),
+        );
+        break;
+      }
+      case 'write': {
+        const bytes = Buffer.alloc(step.length, step.fill);
+        await start(step.offset, step.length, () =>
+          guest.write(step.offset, bytes, 0, step.length, { fua: step.fua }),
+        );
+        bytes.copy(model, step.offset);
+        break;
+      }
+      case 'zero':
+        await start(step.offset, step.length, () => guest.zero(step.offset, step.length));
+        model.fill(0, step.offset, step.offset + step.length);
+        break;
+      case 'trim': {
+        // What a trim leaves is told by a read of it.
+        await start(step.offset, step.length, () => guest.trim(step.offset, step.length));
+        await settleAll();
+        await inTime(
+          'a read after a trim',
+          5000,
+          readAt(guest, step.offset, step.length).then((bytes) => bytes.copy(model, step.offset)),
+        );
+        break;
+      }
+      case 'prefetch':
+        void proxy.service.prefetch(step.offset, step.length).catch(() => undefined);
+        break;
+      case 'flush':
+        await inTime('a flush', 5000, guest.flush());
+        break;
+      case 'cut':
+        source.cut();
+        break;
+      case 'down':
+        if (up) await inTime('the stop of the source', 5000, source.stop());
+        up = false;
+        break;
+      case 'up':
+        if (!up) await source.start();
+        up = true;
+        break;
+      case 'hold':
+        source.hold();
+        break;
+      case 'release':
+        source.release();
+        break;
+      case 'fail':
+        source.failBlocks([step.block]);
+        break;
+      case 'wait':
+        await settleAll();
+        break;
+      case 'restart':
+        await settleAll();
+        await inTime('a restart', 5000, proxy.close());
+        proxy = await proxy.restart({ background });
+        guest = await proxy.guest();
+        break;
+    }
+  }
+  await settleAll();
+  await writeAt(guest, 0, model.subarray(0, 10));
+  await inTime('the last prefetch', 5000, proxy.service.prefetch(0, SIZE));
+  await inTime('the hand-off', 5000, proxy.service.handedOff());
+  assertBlocks(await readAt(guest, 0, SIZE), model, 'what the guest sees');
+  assertBlocks(readFileSync(proxy.image), model, 'the image');
+}
+
+test('a guest over a source whose connections break', async () => {
+  await fc.assert(
+    fc.asyncProperty(
+      fc.array(step, { minLength: 5, maxLength: 60 }),
+      fc.boolean(),
+      fc.boolean(),
+      (steps, background, sparse) => run(steps, background, sparse),
+    ),
+    { numRuns: 40, interruptAfterTimeLimit: 25_000, includeErrorInReport: true },
+  );
+});
