@@ -402,6 +402,53 @@ describe('a session over TLS', () => {
   });
 });
 
+/** Hands on what comes, and cuts both sides off behind the given number of bytes of one direction. */
+async function cutter(to: string, from: 'client' | 'server', bytes: number): Promise<string> {
+  const path = join(folder, `${from}-${bytes}`);
+  const relay = net.createServer((client) => {
+    const server = net.connect(to);
+    let left = bytes;
+    for (const [name, source, sink] of [
+      ['client', client, server],
+      ['server', server, client],
+    ] as const) {
+      source.on('error', () => {});
+      source.on('close', () => sink.destroy());
+      source.on('data', (chunk: Buffer) => {
+        const kept = name === from ? chunk.subarray(0, left) : chunk;
+        if (name === from) left -= kept.length;
+        if (kept.length > 0) sink.write(kept);
+        if (left === 0) for (const socket of [client, server]) socket.destroySoon();
+      });
+    }
+  });
+  relay.listen(path);
+  await once(relay, 'listening');
+  cleanups.push(() => new Promise((resolve) => relay.close(resolve)));
+  return path;
+}
+
+describe('a connection cut off at any byte', () => {
+  for (const kind of ['x509', 'psk'] as const)
+    for (const from of ['client', 'server'] as const)
+      test(`of the ${from}, ${kind}: both sides live, the request fails`, async () => {
+        const served = await serve(kind === 'x509' ? x509() : psk());
+        const parameters = kind === 'x509' ? `tls-certificates=${pki.good}` : `tls-psk-file=${pki.keys}`;
+        const user = kind === 'psk' ? 'alice@' : '';
+        for (let bytes = 1; bytes < 4000; bytes += 1 + ((bytes * 7) >> 5)) {
+          const path = await cutter(served.path, from, bytes);
+          const uri = `nbds+unix://${user}/disk?socket=${path}&${parameters}`;
+          const reading = async (): Promise<void> => {
+            const client = await NbdClient.connect(uri);
+            const into = Buffer.alloc(1 << 20);
+            await Promise.all(Array.from({ length: 400 }, () => client.read(0, 16384, into)));
+          };
+          await assert.rejects(reading(), (error) => error instanceof BlockferryError);
+        }
+        await alive(served, parameters, user);
+      });
+});
+
 test('a listener whose credentials are of no use does not listen', async () => {
   await assert.rejects(serve({ ...x509(), certificates: pki.expired }), { code: 'tls', message: /expired/ });
   await assert.rejects(once(net.connect({ path: join(folder, 's') }), 'connect'), { code: 'ENOENT' });
