@@ -113,6 +113,7 @@ export class Wire {
     this.#socket.pause();
   }
 
+  /** A socket that was given away is closed by what is on top of it: Node 20 crashes when it goes away below TLS first. */
   close(): void {
     if (!this.#detached) this.#socket.destroy();
   }
