@@ -1,12 +1,11 @@
 // Garbage on the NBD port, while another client works and must not notice.
 import assert from 'node:assert/strict';
-import { once } from 'node:events';
 import { readFileSync, writeFileSync } from 'node:fs';
 import net from 'node:net';
 import { join } from 'node:path';
 import { describe, test } from 'node:test';
-import { DaemonProcess } from '../../lab/hosts.js';
 import { Random } from '../../lab/crash/random.js';
+import { DaemonProcess } from '../../lab/hosts.js';
 import { pattern } from '../clients/disks.js';
 import { needs, tool } from '../tools.js';
 import { inFolder } from './refusals.js';
@@ -23,7 +22,7 @@ async function send(place: Place, bytes: Buffer, how: 'end' | 'reset' = 'end'): 
   const socket = net.connect(place);
   socket.on('error', () => undefined);
   socket.resume();
-  const closed = once(socket, 'close');
+  const closed = new Promise<void>((resolve) => socket.once('close', () => resolve()));
   socket.once('connect', () => {
     if (how === 'end') socket.end(bytes);
     else
@@ -78,7 +77,10 @@ const GARBAGE: Record<string, Buffer> = {
   'half an option': Buffer.concat([FLAGS, option(6, Buffer.alloc(0)).subarray(0, 11)]),
   'an option of 4 GiB': Buffer.concat([FLAGS, option(7, Buffer.alloc(100), 0xffffffff)]),
   'an option that is longer than what comes': Buffer.concat([FLAGS, option(7, Buffer.alloc(3), 5000)]),
-  'a name longer than its option': Buffer.concat([FLAGS, option(7, Buffer.concat([u32(0x7fffffff), u16(0)]))]),
+  'a name longer than its option': Buffer.concat([
+    FLAGS,
+    option(7, Buffer.concat([u32(0x7fffffff), u16(0)])),
+  ]),
   'a thousand options': Buffer.concat([FLAGS, ...Array<Buffer>(1000).fill(option(3, Buffer.alloc(0)))]),
   'a wrong option magic': Buffer.concat([FLAGS, text('IHAVENOT'), u32(6), u32(0)]),
   STARTTLS: Buffer.concat([FLAGS, option(5, Buffer.alloc(0)), TLS_HELLO]),
@@ -106,12 +108,20 @@ async function besides(folder: string, abuse: (place: Place[]) => Promise<void>)
     // The worker has the upper half to itself; nothing may change the lower one.
     const worker = tool(
       ...['fio', '--name=worker', '--ioengine=nbd', `--uri=${daemon.uris[0]}`, '--rw=randrw', '--bs=4k'],
-      ...['--offset=4m', '--size=4m', '--iodepth=4', '--verify=crc32c', '--verify_fatal=1', '--verify_state_save=0'],
-      ...['--time_based', '--runtime=4', '--output-format=terse'],
+      ...[
+        '--offset=4m',
+        '--size=4m',
+        '--iodepth=4',
+        '--verify=crc32c',
+        '--verify_fatal=1',
+        '--verify_state_save=0',
+      ],
+      ...['--time_based', '--runtime=3', '--output-format=terse'],
     );
     await Promise.all([worker, abuse([{ path: socket }, { host: hostname, port: Number(port) }])]);
     assert.equal((await tool('nbdinfo', '--size', daemon.uris[0])).trim(), String(content.length));
-    const resident = /^VmRSS:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${await pidOf(daemon)}/status`, 'utf8'));
+    // setpriv became the daemon.
+    const resident = /^VmRSS:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${daemon.child.pid}/status`, 'utf8'));
     assert.ok(Number(resident![1]) / 1024 < RESIDENT_MIB_MAX, `${resident![1]} KiB resident`);
     assert.equal(await daemon.stop(), 0, daemon.stderr);
     assert.ok(daemon.stderr.split('\n').length < 40, `logs are bounded: ${daemon.stderr}`);
@@ -122,11 +132,6 @@ async function besides(folder: string, abuse: (place: Place[]) => Promise<void>)
     daemon.kill();
     await daemon.exited;
   }
-}
-
-/** setpriv becomes the daemon. */
-async function pidOf(daemon: DaemonProcess): Promise<number> {
-  return daemon.child.pid!;
 }
 
 describe('garbage on the NBD port harms nobody else', needs('fio', 'nbdinfo'), () => {
@@ -163,7 +168,11 @@ describe('garbage on the NBD port harms nobody else', needs('fio', 'nbdinfo'), (
         for (const socket of silent) socket.on('error', () => undefined);
         for (let sent = 0; sent < SHORT_CONNECTIONS; sent += AT_ONCE) {
           const batch = Array.from({ length: AT_ONCE }, (_, index) =>
-            send(places[index % 2], index % 3 === 0 ? FLAGS : Buffer.alloc(0), index % 2 === 0 ? 'end' : 'reset'),
+            send(
+              places[index % 2],
+              index % 3 === 0 ? FLAGS : Buffer.alloc(0),
+              index % 2 === 0 ? 'end' : 'reset',
+            ),
           );
           await Promise.all(batch);
         }
