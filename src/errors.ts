@@ -18,6 +18,7 @@ export type ErrorCode =
   | 'source-unreachable'
   | 'source-mismatch' // the source is not the disk we know
   | 'source-io' // the source answered with an error
+  | 'tls' // credentials that cannot be used, or a peer that could not be trusted
   | 'protocol' // the peer broke the NBD protocol
   | 'closed' // the connection or volume was closed under the request
   | 'read-only'

@@ -10,10 +10,11 @@ import { controlSocketPath, defaultStateDir } from '../host/state-dir.js';
 import { activatedAddresses, formatListenAddress } from '../nbd/address.js';
 import { defaultName } from '../volume/open.js';
 import { daemonParts } from './parts.js';
+import { guestTls, sourceTls, type TlsOptions } from './tls.js';
 
 const DEFAULT_LISTEN = '127.0.0.1:10809';
 
-export interface OneVolumeOptions {
+export interface OneVolumeOptions extends TlsOptions {
   name?: string;
   listen?: string[];
   stateDir?: string;
@@ -42,6 +43,8 @@ export async function runOneVolume(
     stateDir,
     control: resolve(options.control ?? controlSocketPath(stateDir, name)),
     link: null,
+    ...guestTls(kind, options),
+    ...sourceTls(options),
     images: null,
     folders: [],
     machinesDir,

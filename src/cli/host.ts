@@ -16,6 +16,7 @@ export function hostCommand(): Command {
       const diskSocket = (volume: string): string => join(config.run, 'nbd', `${volume}.sock`);
       const machinesDir = join(config.run, 'vms');
       const { name, stateDir, control, link, images, migrationAddress, stopTimeoutMs, vms } = config;
+      const { linkTls, sourceTls, tlsOnly } = config;
       await runDaemon(
         {
           kind: 'host',
@@ -23,6 +24,9 @@ export function hostCommand(): Command {
           stateDir,
           control,
           link,
+          ...(linkTls === null ? {} : { linkTls }),
+          ...(sourceTls === null ? {} : { sourceTls }),
+          tlsOnly,
           images,
           folders: [join(config.run, 'nbd'), machinesDir],
           machinesDir,

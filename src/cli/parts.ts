@@ -10,8 +10,14 @@ import { startSession } from '../nbd/server/session.js';
 export function daemonParts(machinesDir: string): DaemonParts {
   return {
     openVolume: openVolumeService,
-    listen: (addresses, exports, log) =>
-      Listener.open({ addresses: addresses.map(parseListenAddress), exports, startSession, log }),
+    listen: (addresses, exports, log, tls) =>
+      Listener.open({
+        addresses: addresses.map(parseListenAddress),
+        exports,
+        startSession,
+        log,
+        ...(tls === undefined ? {} : { tls }),
+      }),
     hypervisor: new QemuDriver({ runtimeDir: machinesDir }),
   };
 }

@@ -3,6 +3,13 @@ import { parseNbdUri } from '../nbd/uri.js';
 import { argument, logLevelOption, stateDirOption } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
 import { listenOption } from './serve.js';
+import {
+  tlsCertificatesOption,
+  tlsModeOption,
+  tlsPskOption,
+  tlsUsernameOption,
+  tlsVerifyPeerOption,
+} from './tls.js';
 import { parseRate, parseSeconds } from './units.js';
 
 interface ProxyOptions extends OneVolumeOptions {
@@ -35,6 +42,11 @@ export function proxyCommand(): Command {
       'fail reads after this long without the source (default: wait)',
       argument(parseSeconds),
     )
+    .addOption(tlsModeOption())
+    .addOption(tlsCertificatesOption())
+    .addOption(tlsPskOption())
+    .addOption(tlsVerifyPeerOption())
+    .addOption(tlsUsernameOption())
     .addOption(stateDirOption())
     .option('--control <path>', 'path of the control socket (default: STATE/control/NAME.sock)')
     .addOption(logLevelOption())

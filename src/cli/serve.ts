@@ -2,6 +2,7 @@ import { Command, Option } from 'commander';
 import { parseListenAddress } from '../nbd/address.js';
 import { argument, logLevelOption, stateDirOption } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
+import { tlsCertificatesOption, tlsModeOption, tlsPskOption, tlsVerifyPeerOption } from './tls.js';
 
 const checkAddress = argument(parseListenAddress);
 
@@ -22,6 +23,10 @@ export function serveCommand(): Command {
     .option('--name <name>', 'name of the volume and its export (default: from the file name)')
     .addOption(listenOption())
     .option('--read-only', 'refuse writes', false)
+    .addOption(tlsModeOption())
+    .addOption(tlsCertificatesOption())
+    .addOption(tlsPskOption())
+    .addOption(tlsVerifyPeerOption())
     .addOption(stateDirOption())
     .option('--control <path>', 'path of the control socket (default: STATE/control/NAME.sock)')
     .addOption(logLevelOption())

@@ -6,6 +6,7 @@ import { parseDocument } from 'yaml';
 import { z } from 'zod';
 import { BlockferryError, messageOf } from '../errors.js';
 import { type MachineDefinition, machineDefinitionSchema } from '../hypervisor/driver.js';
+import type { ClientTlsSettings, ServerTlsSettings, TlsMode } from '../nbd/tls.js';
 import { defaultStateDir, RESERVED_NAMES } from './state-dir.js';
 
 const CONFIG_BYTES_MAX = 1 << 20;
@@ -31,17 +32,33 @@ const daemonName = volumeName;
 const noNul = z.string().refine((text) => !text.includes('\0'), 'text without NUL bytes');
 const path = noNul.min(1, 'a path');
 
+/** Absent: no TLS, neither at the link address nor towards sources. */
+const tlsSchema = z
+  .strictObject({
+    mode: z.enum(['off', 'allowed', 'required']).default('required'),
+    certificates: path.optional(),
+    psk: path.optional(),
+    username: noNul.min(1).max(256).optional(),
+    hostname: noNul.min(1).max(255).optional(),
+    verifyPeer: z.boolean().default(true),
+  })
+  .refine(
+    ({ certificates, psk }) => (certificates === undefined) !== (psk === undefined),
+    'either certificates or psk, one of the two',
+  );
+
 const configSchema = z.strictObject({
   name: daemonName,
   stateDir: path.optional(),
   control: path.optional(),
   link: noNul.default('127.0.0.1:0'),
+  tls: tlsSchema.optional(),
   images: path.optional(),
   run: path.optional(),
   migrationAddress: noNul.min(1).default('127.0.0.1'),
   stopTimeoutSeconds: z.number().min(0).max(3600).default(30),
   volumes: z
-    .array(z.strictObject({ name: volumeName, image: path }))
+    .array(z.strictObject({ name: volumeName, image: path, tlsOnly: z.boolean().default(false) }))
     .max(VOLUMES_MAX)
     .default([]),
   vms: z
@@ -58,6 +75,12 @@ export interface HostConfig {
   control: string;
   /** Where other hosts read from: an ADDR. */
   link: string;
+  /** TLS at the link address; null: none. */
+  linkTls: ServerTlsSettings | null;
+  /** What sources with TLS are asked with, where their URIs leave it open. */
+  sourceTls: ClientTlsSettings | null;
+  /** Names of the volumes that the link address gives to clients behind TLS only. */
+  tlsOnly: ReadonlySet<string>;
   /** Folder for the images of volumes that arrive. */
   images: string;
   /** Folder for sockets. */
@@ -118,6 +141,8 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
     stateDir,
     control: absolute(config.control ?? join(stateDir, 'control', `${config.name}.sock`)),
     link: config.link,
+    ...tlsOf(config.tls, absolute),
+    tlsOnly: tlsOnlyOf(config.volumes, config.tls?.mode ?? 'off', file),
     images: absolute(config.images ?? join(stateDir, 'images')),
     run: absolute(config.run ?? join(stateDir, 'run')),
     migrationAddress: config.migrationAddress,
@@ -125,6 +150,37 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
     volumes: config.volumes.map((volume) => ({ name: volume.name, image: absolute(volume.image) })),
     vms: config.vms.map(({ autostart, ...definition }) => ({ definition, autostart })),
   };
+}
+
+function tlsOf(
+  config: z.infer<typeof tlsSchema> | undefined,
+  absolute: (word: string) => string,
+): Pick<HostConfig, 'linkTls' | 'sourceTls'> {
+  if (config === undefined) return { linkTls: null, sourceTls: null };
+  const { mode, certificates, psk, username, hostname, verifyPeer } = config;
+  const files = {
+    ...(certificates === undefined ? {} : { certificates: absolute(certificates) }),
+    ...(psk === undefined ? {} : { pskFile: absolute(psk) }),
+  };
+  return {
+    linkTls:
+      mode === 'off' ? null : { mode, verifyPeer, ...files, ...(hostname === undefined ? {} : { hostname }) },
+    sourceTls: { ...files, ...(username === undefined ? {} : { username }) },
+  };
+}
+
+function tlsOnlyOf(
+  volumes: readonly { name: string; tlsOnly: boolean }[],
+  mode: TlsMode,
+  file: string,
+): ReadonlySet<string> {
+  const names = volumes.filter(({ tlsOnly }) => tlsOnly).map(({ name }) => name);
+  if (names.length > 0 && mode === 'off')
+    throw new BlockferryError(
+      'usage',
+      `${file}: volumes: "${names[0]}" is tlsOnly, and there is no TLS: set tls.mode to allowed or required`,
+    );
+  return new Set(names);
 }
 
 /** A volume attached twice would have two writers at once. Volumes that are not listed may arrive later, so they are allowed. */

@@ -12,6 +12,7 @@ import { join } from 'node:path';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import type { MachineDefinition } from '../hypervisor/driver.js';
+import type { ClientTlsSettings, ServerTlsSettings } from '../nbd/tls.js';
 import { VERSION } from '../version.js';
 import type { DaemonView, StatusView } from './control/api.js';
 import { controlRoutes } from './control/routes.js';
@@ -32,6 +33,14 @@ export interface DaemonOptions {
   control: string;
   /** ADDR at which other hosts read; null: nowhere. */
   link: string | null;
+  /** TLS at the link address; default: none. */
+  linkTls?: ServerTlsSettings;
+  /** TLS at the guests' addresses; default: none. */
+  guestTls?: ServerTlsSettings;
+  /** What sources with TLS are asked with, where their URIs leave it open. */
+  sourceTls?: ClientTlsSettings;
+  /** Volumes that the link address gives to clients behind TLS only. */
+  tlsOnly?: ReadonlySet<string>;
   /** Folder for images of volumes that arrive; null: none may arrive. */
   images: string | null;
   /** Folders that must be there before anything is served, for this user only. */
@@ -78,7 +87,18 @@ export class Daemon {
     makeFolders(options.folders);
     const link = await openLink(options);
     const { openVolume, listen, hypervisor } = parts;
-    const volumes = new Volumes({ stateDir, images, guestAddresses, link, openVolume, listen, record, log });
+    const { guestTls, sourceTls, tlsOnly } = options;
+    const volumes = new Volumes({
+      stateDir,
+      images,
+      guestAddresses,
+      link,
+      openVolume: sourceTls === undefined ? openVolume : (what) => openVolume({ ...what, sourceTls }),
+      listen: (addresses, exports, to) => listen(addresses, exports, to, guestTls),
+      tlsOnly: tlsOnly ?? new Set(),
+      record,
+      log,
+    });
     const hasLeftover = (machine: string): Promise<boolean> => leftoverIn(machinesDir, machine);
     const machines = new Machines({
       volumes,
@@ -215,7 +235,8 @@ async function openLink(
 ): Promise<{ table: ExportTable; listener: ExportListener } | null> {
   if (options.link === null) return null;
   const table = new ExportTable();
-  return { table, listener: await options.parts.listen([options.link], table, options.log) };
+  const { link, log, linkTls, parts } = options;
+  return { table, listener: await parts.listen([link], table, log, linkTls) };
 }
 
 /** The driver gives every process a folder NAME-XXXXXX with its QMP socket: one that answers is alive. */

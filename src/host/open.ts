@@ -2,6 +2,7 @@
 import type { Logger } from 'pino';
 import { BlockferryError } from '../errors.js';
 import type { BlockDevice } from '../nbd/device.js';
+import type { ClientTlsSettings } from '../nbd/tls.js';
 import { describeVolume, probeSource, volumeDescribed } from '../relocation/link.js';
 import { Relocation, type RelocationTiming } from '../relocation/relocation.js';
 import { GuestDevice, LinkDevice } from '../volume/faces.js';
@@ -35,6 +36,8 @@ export interface OpenVolumeOptions {
   /** Not needed to resume. */
   image?: string;
   mode: OpenMode;
+  /** For a source with TLS, where its URI leaves something open. */
+  sourceTls?: ClientTlsSettings;
   log: Logger;
   timing?: Partial<RelocationTiming>;
 }
@@ -43,14 +46,15 @@ const DEFAULTS: RelocationSettings = { background: true, rateBytesPerSecond: nul
 
 /** Throws what volume/open.ts and NbdClient.connect throw. */
 export async function openVolumeService(options: OpenVolumeOptions): Promise<VolumeService> {
-  const { mode, log, timing = {} } = options;
+  const { mode, log, sourceTls, timing = {} } = options;
   const volume = await openVolume(options);
   try {
     const settings = mode.kind === 'proxy' ? mode : DEFAULTS;
     const limited =
       mode.kind === 'arrive' ? { ...settings, rateBytesPerSecond: mode.rateBytesPerSecond } : settings;
     const { source } = volume.identity.current;
-    const relocation = source === null ? null : new Relocation(volume, { ...limited, log, timing });
+    const relocation =
+      source === null ? null : new Relocation(volume, { ...limited, tls: sourceTls, log, timing });
     return new RunningVolume(volume, relocation);
   } catch (error) {
     await volume.close().catch(() => undefined);
@@ -58,7 +62,8 @@ export async function openVolumeService(options: OpenVolumeOptions): Promise<Vol
   }
 }
 
-async function openVolume({ stateDir, name, image, mode }: OpenVolumeOptions): Promise<Volume> {
+async function openVolume(options: OpenVolumeOptions): Promise<Volume> {
+  const { stateDir, name, image, mode, sourceTls } = options;
   if (mode.kind === 'resume') return reopen({ stateDir, name, ...(image === undefined ? {} : { image }) });
   if (image === undefined) throw new BlockferryError('usage', `volume ${name} needs an image`);
   if (mode.kind === 'serve') return openPlain({ stateDir, name, image, readOnly: mode.readOnly });
@@ -66,7 +71,7 @@ async function openVolume({ stateDir, name, image, mode }: OpenVolumeOptions): P
     const known = await reopenProxied(stateDir, name, image, mode.sourceUri);
     if (known !== undefined) return known;
   }
-  const facts = await probeSource(mode.sourceUri);
+  const facts = await probeSource(mode.sourceUri, sourceTls);
   const size = mode.kind === 'arrive' ? mode.size : facts.size;
   if (facts.size !== size) {
     throw new BlockferryError(

@@ -8,6 +8,7 @@ import type { Hypervisor } from '../hypervisor/driver.js';
 import type { BlockDevice } from '../nbd/device.js';
 import type { ExportDirectory, ExportEntry } from '../nbd/server/exports.js';
 import { defaultOrNamed } from '../nbd/server/exports.js';
+import type { ServerTlsSettings } from '../nbd/tls.js';
 import type { OpenVolumeOptions } from './open.js';
 import type { VolumeService } from './service.js';
 
@@ -24,11 +25,12 @@ export interface ExportListener {
   close(): Promise<void>;
 }
 
-/** Listens at all of `addresses` (unix:PATH, HOST:PORT, [V6]:PORT, fd:N, stdio) or fails with 'address'. */
+/** Listens at all of `addresses` (unix:PATH, HOST:PORT, [V6]:PORT, fd:N, stdio) or fails with 'address', or 'tls'. */
 export type Listen = (
   addresses: readonly string[],
   exports: ExportDirectory,
   log: Logger,
+  tls?: ServerTlsSettings,
 ) => Promise<ExportListener>;
 
 export interface DaemonParts {
@@ -43,7 +45,7 @@ export class ExportTable implements ExportDirectory {
   private readonly entries: ExportEntry[] = [];
 
   /** `describe` is asked for each client anew: what a volume says of itself changes with its generation. */
-  add(name: string, describe: () => string, device: BlockDevice): void {
+  add(name: string, describe: () => string, device: BlockDevice, tlsOnly = false): void {
     this.remove(name);
     this.entries.push({
       name,
@@ -55,6 +57,7 @@ export class ExportTable implements ExportDirectory {
       contexts: device.contexts,
       preferredBlock: device.preferredBlock,
       multiConn: device.multiConn,
+      tlsOnly,
       open: () => device,
     });
   }

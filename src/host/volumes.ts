@@ -27,6 +27,8 @@ export interface VolumesOptions {
   link: { table: ExportTable; listener: ExportListener } | null;
   openVolume: OpenVolume;
   listen: Listen;
+  /** Those that the link gives to clients behind TLS only. */
+  tlsOnly: ReadonlySet<string>;
   record: DaemonRecord;
   log: Logger;
 }
@@ -287,7 +289,7 @@ export class Volumes {
   }
 
   private async openEntry(name: string, image: string, mode: OpenMode): Promise<void> {
-    const { stateDir, openVolume, log, link, listen, guestAddresses } = this.options;
+    const { stateDir, openVolume, log, link, listen, guestAddresses, tlsOnly } = this.options;
     const service = await openVolume({ stateDir, name, image, mode, log });
     const entry: OpenEntry = { kind: 'open', service, guest: null, handoff: new Occurrence() };
     const describe = (): string => service.linkDescription;
@@ -295,7 +297,7 @@ export class Volumes {
       const table = new ExportTable();
       table.add(name, describe, service.guest);
       entry.guest = await listen(guestAddresses(name), table, log);
-      link?.table.add(name, describe, service.link);
+      link?.table.add(name, describe, service.link, tlsOnly.has(name));
     } catch (error) {
       await service.close();
       throw error;

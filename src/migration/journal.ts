@@ -6,7 +6,7 @@
  * - A step's `begin` is durable before the step is carried out. Its `end` may be lost, unless it holds something that cannot be
  *   asked for again (proofs, that the machine arrived): then it is durable before the next step begins.
  * - A last line without its end is from a coordinator that was killed while it wrote, and counts for nothing.
- * - One coordinator at a time: a lock file names its process.
+ * - One coordinator at a time: a lock file names its process, by its number and its start.
  */
 
 import {
@@ -217,17 +217,27 @@ function takeLock(path: string): string {
   const lock = `${path}.lock`;
   for (let attempt = 0; attempt < 2; attempt += 1) {
     try {
-      writeFileSync(lock, `${process.pid}\n`, { flag: 'wx', mode: 0o600 });
+      writeFileSync(lock, `${process.pid} ${startOf(process.pid)}\n`, { flag: 'wx', mode: 0o600 });
       return lock;
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
     }
-    const holder = Number(readFileSync(lock, 'utf8'));
-    if (holder !== process.pid && !isRunning(holder)) unlinkSync(lock);
+    const [holder = 0, startedAt] = readFileSync(lock, 'utf8').trim().split(' ').map(Number);
+    if (!isRunning(holder) || (startedAt !== undefined && startedAt !== startOf(holder))) unlinkSync(lock);
     else
       throw new BlockferryError('migration', `another coordinator (process ${holder}) is at work on ${path}`);
   }
   throw new BlockferryError('migration', `another coordinator is at work on ${path}`);
+}
+
+/** When a process began, in ticks since the machine did: tells it from a later one of the same number. NaN if it is gone. Source: proc(5). */
+function startOf(pid: number): number {
+  try {
+    const stat = readFileSync(`/proc/${pid}/stat`, 'latin1');
+    return Number(stat.slice(stat.lastIndexOf(')') + 2).split(' ')[19]);
+  } catch {
+    return Number.NaN;
+  }
 }
 
 function isRunning(pid: number): boolean {

@@ -59,17 +59,24 @@ export function formatListenAddress(address: ListenAddress): string {
 }
 
 /**
- * The NBD URI of the export `name` (empty: the default export) at an address. Descriptors and stdio have none.
+ * The NBD URI of the export `name` (empty: the default export) at an address. Descriptors and stdio have none. `secure`: with TLS,
+ * by a certificate of `hostname` if it is not the address's.
  * Source: NetworkBlockDevice/nbd, doc/uri.md.
  */
-export function exportUri(address: ListenAddress, name: string): string | undefined {
+export function exportUri(
+  address: ListenAddress,
+  name: string,
+  secure?: { readonly hostname: string | undefined },
+): string | undefined {
+  const scheme = secure === undefined ? 'nbd' : 'nbds';
+  const named = secure?.hostname === undefined ? '' : `tls-hostname=${encodeURIComponent(secure.hostname)}`;
   // A name may hold slashes; a leading one must not be taken for an authority, so all of them are encoded.
   const path = encodeURIComponent(name);
   switch (address.kind) {
     case 'unix':
-      return `nbd+unix:///${path}?socket=${encodeURIComponent(address.path).replaceAll('%2F', '/')}`;
+      return `${scheme}+unix:///${path}?socket=${encodeURIComponent(address.path).replaceAll('%2F', '/')}${named && `&${named}`}`;
     case 'tcp':
-      return `nbd://${bracketed(address.host).replace('%', '%25')}:${address.port}/${path}`;
+      return `${scheme}://${bracketed(address.host).replace('%', '%25')}:${address.port}/${path}${named && `?${named}`}`;
     case 'fd':
     case 'stdio':
       return undefined;

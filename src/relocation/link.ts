@@ -13,6 +13,7 @@ import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import { type Extent, NbdClient, NbdReplyError } from '../nbd/client/client.js';
 import { BASE_ALLOCATION, Errno, TransmissionFlag } from '../nbd/constants.js';
+import type { ClientTlsSettings } from '../nbd/tls.js';
 import { Budget } from './budget.js';
 import { allocationFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
 
@@ -80,8 +81,8 @@ export function whyNotTheSame(
 }
 
 /** Asks a source once what it is. Throws what NbdClient.connect does, and 'source-mismatch' for what cannot be a source. */
-export async function probeSource(uri: string): Promise<SourceFacts> {
-  const client = await NbdClient.connect(uri, { connectTimeoutMs: LINK_TIMING.connectTimeoutMs });
+export async function probeSource(uri: string, tls: ClientTlsSettings = {}): Promise<SourceFacts> {
+  const client = await NbdClient.connect(uri, { connectTimeoutMs: LINK_TIMING.connectTimeoutMs, tls });
   const { size, description } = client.info;
   const why = whyNotReadable(client.info);
   await client.close();
@@ -94,6 +95,8 @@ export interface LinkOptions {
   known: { size: number; description: string | null };
   /** How long a read waits for a lost source before it fails; null: for ever. */
   sourceTimeoutMs: number | null;
+  /** For a source with TLS, where the URI leaves something open. */
+  tls?: ClientTlsSettings | undefined;
   log: Logger;
   timing?: Partial<LinkTiming>;
 }
@@ -245,13 +248,14 @@ export class Link {
   }
 
   async #connect(): Promise<NbdClient> {
-    const { uri, known } = this.options;
+    const { uri, known, tls = {} } = this.options;
     const { connectTimeoutMs, requestTimeoutMs } = this.#timing;
     const client = await NbdClient.connect(uri, {
       contexts: [BASE_ALLOCATION],
       connectTimeoutMs,
       handshakeTimeoutMs: connectTimeoutMs,
       requestTimeoutMs,
+      tls,
       signal: this.#abort.signal,
     });
     const why = whyNotTheSame(known, client.info) ?? whyNotReadable(client.info);

@@ -6,6 +6,7 @@
  */
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
+import type { ClientTlsSettings } from '../nbd/tls.js';
 import { blockAt, blocksOf } from '../volume/blocks.js';
 import type { Volume } from '../volume/volume.js';
 import { Background } from './background.js';
@@ -23,6 +24,8 @@ export interface RelocationOptions {
   background: boolean;
   rateBytesPerSecond: number | null;
   sourceTimeoutMs: number | null;
+  /** For a source with TLS, where its URI leaves something open. */
+  tls?: ClientTlsSettings | undefined;
   log: Logger;
   timing?: Partial<RelocationTiming>;
 }
@@ -53,6 +56,7 @@ export class Relocation {
       uri: source.uri,
       known,
       sourceTimeoutMs: options.sourceTimeoutMs,
+      tls: options.tls,
       log: options.log,
       timing: this.#timing,
     });

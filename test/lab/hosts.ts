@@ -127,6 +127,8 @@ export interface LabHostOptions {
   name: string;
   volumes?: { name: string; image: string }[];
   vms?: MachineDefinition[];
+  /** The configuration's `tls`. */
+  tls?: Readonly<Record<string, unknown>>;
 }
 
 export class LabHost {
@@ -138,7 +140,7 @@ export class LabHost {
     readonly client: ControlClient,
   ) {}
 
-  static async start({ folder, name, volumes = [], vms = [] }: LabHostOptions): Promise<LabHost> {
+  static async start({ folder, name, volumes = [], vms = [], tls }: LabHostOptions): Promise<LabHost> {
     const home = join(folder, name);
     mkdirSync(home, { recursive: true });
     const control = join(home, 'c.sock');
@@ -149,6 +151,7 @@ export class LabHost {
       control,
       images: join(home, 'images'),
       run: join(home, 'run'),
+      ...(tls === undefined ? {} : { tls }),
     };
     // The test's end is the machines' end too: no guest is given time to power off.
     writeFileSync(config, stringify({ ...settings, stopTimeoutSeconds: 0, volumes, vms }));

@@ -123,9 +123,14 @@ function rounds(pages: number): fc.Arbitrary<Round[]> {
 }
 
 test('any life of a small map', async () => {
+  // Killed in the middle of a sync, and again soon after.
+  const killedTwice: Round[] = [
+    { commits: [[0], [1]], crashAt: 13, kind: 'killed', seed: 308737984 },
+    { commits: [], crashAt: 3, kind: 'killed', seed: 20542418 },
+  ];
   await fc.assert(
     fc.asyncProperty(rounds(3), (lives) => live(3, lives)),
-    { numRuns: 400 },
+    { numRuns: 400, examples: [[killedTwice]] },
   );
 });
 

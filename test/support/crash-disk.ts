@@ -48,8 +48,9 @@ export class CrashDisk {
   #durable: Buffer;
   readonly #pending = new Map<number, Buffer[]>();
   #events = 0;
-  #life = 0;
   #crashAt = Number.POSITIVE_INFINITY;
+  /** Number of the process: a sync of one that was killed does nothing to the next. */
+  #life = 0;
   #crash: () => void = () => {};
   #random: (below: number) => number = randomFrom(1);
 

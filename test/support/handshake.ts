@@ -3,7 +3,8 @@ import assert from 'node:assert/strict';
 import { HandshakeFlag, NBD_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC } from '../../src/nbd/constants.js';
 import type { BlockDevice, IoRequest, StatusRequest } from '../../src/nbd/device.js';
 import { defaultOrNamed, type ExportDirectory, type ExportEntry } from '../../src/nbd/server/exports.js';
-import { Handshake, type HandshakeResult } from '../../src/nbd/server/handshake.js';
+import { Handshake, type HandshakeParameters, type HandshakeResult } from '../../src/nbd/server/handshake.js';
+import type { TlsMode } from '../../src/nbd/tls.js';
 
 export const GREETING_BYTES = 18;
 
@@ -160,9 +161,10 @@ export class Conversation {
   readonly handshake: Handshake;
   #sent: Buffer[] = [];
 
-  constructor(exports: ExportDirectory) {
+  constructor(exports: ExportDirectory, tls: Pick<HandshakeParameters, 'tls' | 'behindTls'> = {}) {
     this.handshake = new Handshake({
       exports,
+      ...tls,
       send: (bytes) => this.#sent.push(bytes),
       openFailed: (_entry, error) => this.failures.push(error),
     });
@@ -170,8 +172,8 @@ export class Conversation {
   }
 
   /** Past greeting and client flags. */
-  static begun(exports: ExportDirectory, flags?: number): Conversation {
-    const conversation = new Conversation(exports);
+  static begun(exports: ExportDirectory, flags?: number, tls?: TlsMode): Conversation {
+    const conversation = new Conversation(exports, tls === undefined ? {} : { tls });
     readGreeting(conversation.sent());
     assert.equal(conversation.push(clientFlags(flags)), undefined);
     return conversation;

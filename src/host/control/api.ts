@@ -38,6 +38,7 @@ export const HTTP_STATUS: Record<ErrorCode, number> = {
   'state-damaged': 500,
   'source-unreachable': 502,
   'source-io': 502,
+  tls: 502,
   protocol: 502,
   closed: 503,
   control: 500,

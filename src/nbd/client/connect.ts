@@ -1,9 +1,17 @@
 /** Opens a connection to an NBD server and takes it through the handshake. */
 
 import net from 'node:net';
+import tls from 'node:tls';
 import { BlockferryError, messageOf } from '../../errors.js';
 import { displayable, protocolError } from '../codec/client.js';
 import { HANDSHAKE_TIMEOUT_MS } from '../constants.js';
+import {
+  type ClientTlsSettings,
+  describeTlsError,
+  isTlsError,
+  loadClientTls,
+  mergeClientTls,
+} from '../tls.js';
 import { formatNbdUri, type NbdAddress, type NbdUri } from '../uri.js';
 import { ClientHandshake, type HandshakeGoal, type HandshakeOutcome } from './handshake.js';
 
@@ -14,6 +22,8 @@ export const CONNECT_TIMEOUT_MS = 10_000;
 const KEEP_ALIVE_MS = 30_000;
 
 export interface ConnectLimits {
+  /** For URIs with TLS, where they leave something open. */
+  readonly tls?: ClientTlsSettings;
   /** Until the transport stands. Default CONNECT_TIMEOUT_MS. */
   readonly connectTimeoutMs?: number;
   /** From then until the handshake is over. Default HANDSHAKE_TIMEOUT_MS. */
@@ -41,7 +51,7 @@ export interface Connection {
 
 /**
  * Fails with 'source-unreachable' (no connection, or not without TLS), 'timeout', 'closed' (the server hung up, or `signal`
- * fired), 'protocol', 'not-found' (no such export) or 'source-io' (the server refused).
+ * fired), 'protocol', 'not-found' (no such export), 'source-io' (the server refused), or 'tls' (credentials, or the peer's).
  */
 export function openConnection(
   uri: NbdUri,
@@ -55,7 +65,9 @@ export function openConnection(
 
 /** One attempt to connect. It is over as soon as it resolved or rejected. */
 class Attempt implements Receiver {
-  readonly #socket: net.Socket;
+  /** The TLS socket once TLS begins. */
+  #socket: net.Socket;
+  readonly #secrets: tls.ConnectionOptions | null;
   readonly #handshake: ClientHandshake;
   readonly #peer: string;
   #timer: NodeJS.Timeout;
@@ -71,22 +83,55 @@ class Attempt implements Receiver {
     readonly reject: (error: BlockferryError) => void,
   ) {
     this.#peer = formatNbdUri(uri);
-    this.#handshake = new ClientHandshake(goal);
+    this.#secrets = secretsOf(uri, limits.tls);
+    this.#handshake = new ClientHandshake(goal, this.#secrets !== null);
     const connectTimeoutMs = limits.connectTimeoutMs ?? CONNECT_TIMEOUT_MS;
     this.#timer = setTimeout(
       () => this.#timedOut(`no connection within ${connectTimeoutMs} ms`),
       connectTimeoutMs,
     );
-    this.#socket = dial(uri.address, (length, bytes) => {
-      this.#receiver.received(bytes as Buffer, length);
-      return true;
-    });
+    if (this.#secrets === null)
+      this.#socket = dial(uri.address, (length, bytes) => {
+        this.#receiver.received(bytes as Buffer, length);
+        return true;
+      });
+    else {
+      this.#socket = dial(uri.address, null);
+      this.#socket.on('data', this.#onData);
+    }
     this.#socket.once('connect', () => this.#connected());
-    this.#socket.on('error', (error) => this.#receiver.ended(error));
-    this.#socket.on('end', () => this.#receiver.ended(null));
-    this.#socket.on('close', () => this.#receiver.ended(null));
+    this.#socket.on('error', this.#onError);
+    this.#socket.on('end', this.#onEnd);
+    this.#socket.on('close', this.#onEnd);
     limits.signal?.addEventListener('abort', this.#aborted, { once: true });
     if (limits.signal?.aborted) this.#aborted();
+  }
+
+  readonly #onData = (bytes: Buffer): void => this.#receiver.received(bytes, bytes.length);
+  readonly #onError = (error: Error): void => this.#receiver.ended(error);
+  readonly #onEnd = (): void => this.#receiver.ended(null);
+
+  #startTls(secrets: tls.ConnectionOptions): void {
+    const plain = this.#socket;
+    plain.off('data', this.#onData);
+    plain.off('error', this.#onError);
+    plain.off('end', this.#onEnd);
+    plain.off('close', this.#onEnd);
+    plain.on('error', () => {}); // the TLS socket tells
+    const socket = tls.connect({ ...secrets, socket: plain });
+    this.#socket = socket;
+    socket.on('error', this.#onError);
+    socket.on('end', this.#onEnd);
+    socket.on('close', this.#onEnd);
+    socket.once('secureConnect', () => {
+      if (this.#over) return;
+      if (secrets.pskCallback !== undefined && Object.keys(socket.getPeerCertificate()).length > 0) {
+        this.#fail('tls', 'it showed a certificate where a key (PSK) was expected', null);
+        return;
+      }
+      socket.on('data', this.#onData);
+      socket.write(this.#handshake.secured());
+    });
   }
 
   #connected(): void {
@@ -105,6 +150,7 @@ class Attempt implements Receiver {
     try {
       const reply = this.#handshake.receive(bytes.subarray(0, length));
       if (reply !== null) this.#socket.write(reply);
+      if (this.#handshake.startsTls && this.#secrets !== null) this.#startTls(this.#secrets);
     } catch (error) {
       const known = error instanceof BlockferryError ? error : protocolError(messageOf(error));
       this.#fail(known.code, known.message, known);
@@ -129,7 +175,13 @@ class Attempt implements Receiver {
       this.#fail('source-unreachable', describeRefusal(error), error);
       return;
     }
-    this.#fail('closed', `${describeLoss(error)} before ${this.#handshake.awaiting}`, error);
+    if (error !== null && isTlsError(error)) {
+      this.#fail('tls', `TLS failed: ${describeTlsError(error)}`, error);
+      return;
+    }
+    // Some servers say nothing when they do not like a client's certificate.
+    const perhaps = this.#handshake.refusesSilently ? ' (perhaps it does not accept our credentials)' : '';
+    this.#fail('closed', `${describeLoss(error)} before ${this.#handshake.awaiting}${perhaps}`, error);
   }
 
   #timedOut(why: string): void {
@@ -163,7 +215,13 @@ export function describeLoss(error: Error | null): string {
   if (error === null) return 'the server hung up';
   // What net throws when each address of a host failed has no message of its own.
   if (error instanceof AggregateError) return displayable(error.errors.map(messageOf).join(', '));
-  return displayable(error.message);
+  return displayable(isTlsError(error) ? describeTlsError(error) : error.message);
+}
+
+function secretsOf(uri: NbdUri, defaults: ClientTlsSettings = {}): tls.ConnectionOptions | null {
+  if (uri.tls === undefined) return null;
+  const host = uri.address.kind === 'tcp' ? uri.address.host : null;
+  return loadClientTls(mergeClientTls(uri.tls, defaults), host);
 }
 
 /** What to do where a connection never came to be, for the reasons that people meet. */
@@ -180,15 +238,20 @@ function describeRefusal(error: Error | null): string {
   return advice === undefined ? describeLoss(error) : `${advice} (${describeLoss(error)})`;
 }
 
-function dial(address: NbdAddress, callback: (length: number, bytes: Uint8Array) => boolean): net.Socket {
-  const onread = { buffer: Buffer.allocUnsafeSlow(RECEIVE_BUFFER_BYTES), callback };
-  if (address.kind === 'unix') return net.connect({ path: address.path, onread });
+/** Without `callback` what is received comes as the socket's 'data'. */
+function dial(
+  address: NbdAddress,
+  callback: ((length: number, bytes: Uint8Array) => boolean) | null,
+): net.Socket {
+  const into =
+    callback === null ? {} : { onread: { buffer: Buffer.allocUnsafeSlow(RECEIVE_BUFFER_BYTES), callback } };
+  if (address.kind === 'unix') return net.connect({ path: address.path, ...into });
   return net.connect({
     host: address.host,
     port: address.port,
     noDelay: true,
     keepAlive: true,
     keepAliveInitialDelay: KEEP_ALIVE_MS,
-    onread,
+    ...into,
   });
 }

@@ -4,6 +4,7 @@
  *     greeting -> flags -> STRUCTURED_REPLY -> SET_META_CONTEXT (if contexts are wanted) -> GO -> done
  *                                                                GO unknown: EXPORT_NAME -> done
  *     greeting -> flags -> LIST -> done                          a server of plain newstyle: EXPORT_NAME at once
+ *     with TLS: greeting -> flags -> STARTTLS -> start-tls (`secured` is called once TLS stands) -> STRUCTURED_REPLY or LIST
  *
  * One option is under way at a time, so every byte a server sends belongs to the question asked last. A server that
  * answers before it was asked, or answers something else, broke the protocol (BlockferryError 'protocol').
@@ -74,6 +75,7 @@ type State =
   | { readonly step: 'greeting' }
   | { readonly step: 'option'; readonly option: number }
   | { readonly step: 'export-name' }
+  | { readonly step: 'start-tls' }
   | { readonly step: 'done'; readonly outcome: HandshakeOutcome };
 
 /** One message read: its length, and what to send in answer. */
@@ -92,6 +94,7 @@ export class ClientHandshake {
   #fixedNewstyle = false;
   #noZeroes = false;
   #replyBytes = 0;
+  #silent = false;
 
   // What the options brought.
   #structured = false;
@@ -102,7 +105,23 @@ export class ClientHandshake {
   #description = '';
   #blockSize: BlockSize | null = null;
 
-  constructor(readonly goal: HandshakeGoal) {}
+  /** `secure`: TLS or nothing. */
+  constructor(
+    readonly goal: HandshakeGoal,
+    readonly secure = false,
+  ) {}
+
+  /** TLS begins now; `receive` waits for `secured`. */
+  get startsTls(): boolean {
+    return this.#state.step === 'start-tls';
+  }
+
+  /** TLS stands. Gives back what to send first. */
+  secured(): Buffer {
+    if (this.#state.step !== 'start-tls') throw protocolError('TLS out of turn');
+    this.#silent = true;
+    return this.#askFirst();
+  }
 
   /** Set once the handshake is over. */
   get outcome(): HandshakeOutcome | null {
@@ -111,21 +130,31 @@ export class ClientHandshake {
 
   /** What to send before leaving early, so that the server need not guess; null where the protocol knows no such thing. */
   get farewell(): Buffer | null {
-    return this.#fixedNewstyle && this.#state.step !== 'export-name' ? encodeOption(Option.ABORT) : null;
+    const { step } = this.#state;
+    const speaking = step !== 'export-name' && step !== 'start-tls';
+    return this.#fixedNewstyle && speaking ? encodeOption(Option.ABORT) : null;
+  }
+
+  /** The server has not said a word since TLS began. */
+  get refusesSilently(): boolean {
+    return this.#silent;
   }
 
   /** Where it stands, for the message of a connection that ended or hung here. */
   get awaiting(): string {
     if (this.#state.step === 'greeting') return 'its greeting';
+    if (this.#state.step === 'start-tls') return 'TLS';
     if (this.#state.step === 'option') return `its answer to ${optionName(this.#state.option)}`;
     return 'its answer to EXPORT_NAME (perhaps it has no such export)';
   }
 
   /**
    * Takes what the server sent (the bytes are not kept) and gives back what to send, or null. Throws BlockferryError:
-   * 'protocol', 'not-found' (no such export), 'source-unreachable' (it wants TLS or shuts down), 'source-io' (it refused).
+   * 'protocol', 'not-found' (no such export), 'source-unreachable' (it wants TLS or shuts down), 'source-io' (it refused), 'tls' (it
+   * has none).
    */
   receive(bytes: Buffer): Buffer | null {
+    this.#silent = false;
     const input = this.#pending.length === 0 ? bytes : Buffer.concat([this.#pending, bytes]);
     let at = 0;
     let reply: Buffer | null = null;
@@ -134,9 +163,10 @@ export class ClientHandshake {
       if (taken === null) break;
       at += taken.bytes;
       reply = taken.reply;
-      if (this.#state.step === 'done') break;
+      if (this.#state.step === 'done' || this.#state.step === 'start-tls') break;
     }
-    if ((reply !== null || this.#state.step === 'done') && at < input.length) {
+    const { step } = this.#state;
+    if ((reply !== null || step === 'done' || step === 'start-tls') && at < input.length) {
       throw protocolError('it sent more than it was asked for');
     }
     this.#pending = Buffer.from(input.subarray(at));
@@ -174,6 +204,7 @@ export class ClientHandshake {
         this.#finish();
         return { bytes, reply: null };
       }
+      case 'start-tls':
       case 'done':
         return null;
     }
@@ -186,14 +217,20 @@ export class ClientHandshake {
     const flags = encodeClientFlags(
       (fixedNewstyle ? HandshakeFlag.FIXED_NEWSTYLE : 0) | (noZeroes ? HandshakeFlag.NO_ZEROES : 0),
     );
+    if (!this.secure) return Buffer.concat([flags, this.#askFirst()]);
+    if (!fixedNewstyle) throw new BlockferryError('tls', 'the server is too old for TLS');
+    return Buffer.concat([flags, this.#ask(Option.STARTTLS, encodeOption(Option.STARTTLS))]);
+  }
+
+  #askFirst(): Buffer {
     if (this.goal.kind === 'list') {
-      if (!fixedNewstyle) throw new BlockferryError('source-io', 'the server is too old to list its exports');
-      return Buffer.concat([flags, this.#ask(Option.LIST, encodeOption(Option.LIST))]);
+      if (!this.#fixedNewstyle)
+        throw new BlockferryError('source-io', 'the server is too old to list its exports');
+      return this.#ask(Option.LIST, encodeOption(Option.LIST));
     }
-    const first = fixedNewstyle
+    return this.#fixedNewstyle
       ? this.#ask(Option.STRUCTURED_REPLY, encodeOption(Option.STRUCTURED_REPLY))
       : this.#askExportName();
-    return Buffer.concat([flags, first]);
   }
 
   /** One option reply. Gives back the next question, null while more of the answer is to come. */
@@ -221,6 +258,10 @@ export class ClientHandshake {
 
   #acknowledged(option: number): Buffer | null {
     switch (option) {
+      case Option.STARTTLS:
+        this.#state = { step: 'start-tls' };
+        this.#silent = true;
+        return null;
       case Option.STRUCTURED_REPLY:
         this.#structured = true;
         return this.#askContexts();
@@ -238,13 +279,19 @@ export class ClientHandshake {
     if (type === OptionReply.ERR_TLS_REQD) {
       throw new BlockferryError(
         'source-unreachable',
-        `the server demands TLS, which is not available yet${said}`,
+        `the server demands TLS: use nbds or nbds+unix in its URI${said}`,
       );
     }
     if (type === OptionReply.ERR_SHUTDOWN) {
       throw new BlockferryError('source-unreachable', `the server is shutting down${said}`);
     }
     switch (option) {
+      case Option.STARTTLS:
+        // Never on without it: who asks for nbds wants no clear text.
+        throw new BlockferryError(
+          'tls',
+          `the server offers no TLS (${refusal(type)}): turn it on there, or use nbd instead of nbds${said}`,
+        );
       case Option.STRUCTURED_REPLY:
         return this.#askContexts();
       case Option.SET_META_CONTEXT:

@@ -4,12 +4,14 @@
  */
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
+import type { TLSSocket } from 'node:tls';
 import type { Logger } from 'pino';
 import { messageOf } from '../../errors.js';
 import type { BlockDevice } from '../device.js';
 import type { SelectedContext } from './contexts.js';
 import type { ExportDirectory } from './exports.js';
 import { Handshake, type HandshakeResult } from './handshake.js';
+import type { ClientIdentity, TlsAcceptor } from './tls-acceptor.js';
 
 /** The transmission phase of one connection. */
 export interface Session {
@@ -29,6 +31,8 @@ export interface SessionParameters {
   /** The first bytes of transmission, which came together with the end of the handshake. */
   rest: Buffer;
   log: Logger;
+  /** Says that the client went wrong; `kind` comes from a bounded set. Without it nobody is told. */
+  complain?(kind: string, detail: string): void;
 }
 
 /**
@@ -42,12 +46,16 @@ export interface ConnectionParameters {
   startSession: StartSession;
   log: Logger;
   handshakeTimeoutMs: number;
+  /** Null: TLS is off. */
+  tls: TlsAcceptor | null;
   /** Says that a client went wrong; `kind` comes from a bounded set. */
   complain(kind: string, detail: string, peer: string): void;
 }
 
 type State =
   | { kind: 'handshake'; handshake: Handshake }
+  /** TLS is on its way; then another handshake follows. */
+  | { kind: 'starttls' }
   | { kind: 'session'; session: Session; exportName: string }
   /** The last answer is on its way. */
   | { kind: 'ending' }
@@ -56,7 +64,11 @@ type State =
 export class Connection {
   /** Resolves when the socket is closed and the session, if there was one, is over. */
   readonly closed: Promise<void>;
-  readonly #socket: net.Socket | Duplex;
+  /** The TLS socket once there is one. */
+  #socket: net.Socket | Duplex;
+  #identity: ClientIdentity = null;
+  /** We cut it off: what TLS says about that is no news. */
+  #givenUp = false;
   readonly #parameters: ConnectionParameters;
   readonly #peer: string;
   /** Runs during the handshake, and whenever a last answer waits to be taken. */
@@ -71,23 +83,40 @@ export class Connection {
     this.closed = new Promise((resolve) => {
       this.#resolveClosed = resolve;
     });
-    const handshake = new Handshake({
-      exports: parameters.exports,
-      send: (bytes) => socket.write(bytes),
-      openFailed: (entry, error) =>
-        parameters.log.error(
-          { err: error, export: entry.name, peer: this.#peer },
-          'the export cannot be opened',
-        ),
-    });
+    const handshake = this.#newHandshake();
     this.#state = { kind: 'handshake', handshake };
     this.#deadline = setTimeout(() => this.#timedOut(), parameters.handshakeTimeoutMs);
-    socket.on('error', (error: NodeJS.ErrnoException) => this.#failed(error));
-    socket.once('close', () => this.#socketClosed());
+    this.#listen();
+    handshake.start();
+  }
+
+  #newHandshake(behindTls?: { noZeroes: boolean }): Handshake {
+    const { exports, tls, log } = this.#parameters;
+    const socket = this.#socket;
+    return new Handshake({
+      exports,
+      tls: tls?.mode ?? 'off',
+      ...(behindTls === undefined ? {} : { behindTls }),
+      send: (bytes) => socket.write(bytes),
+      openFailed: (entry, error) =>
+        log.error({ err: error, export: entry.name, peer: this.#peer }, 'the export cannot be opened'),
+    });
+  }
+
+  #listen(): void {
+    const socket = this.#socket;
+    socket.on('error', this.#onError);
+    socket.once('close', this.#onClose);
     socket.once('end', this.#onEnd);
     socket.on('drain', this.#onDrain);
     socket.on('data', this.#onData);
-    handshake.start();
+  }
+
+  /** From now on the handshake has no say in what is read. */
+  #stopReading(): void {
+    this.#socket.off('data', this.#onData);
+    this.#socket.off('drain', this.#onDrain);
+    this.#socket.off('end', this.#onEnd);
   }
 
   /** The export it is served, once it is in transmission. */
@@ -110,6 +139,7 @@ export class Connection {
   }
 
   destroy(): void {
+    this.#givenUp = true;
     if (this.#state.kind === 'session') this.#state.session.destroy();
     this.#socket.destroy();
   }
@@ -133,6 +163,7 @@ export class Connection {
     if (result === undefined) {
       if (this.#socket.writableNeedDrain) this.#socket.pause();
     } else if (result.kind === 'transmission') this.#startSession(result);
+    else if (result.kind === 'starttls') this.#startTls(result.behindTls);
     else this.#end(result);
   };
 
@@ -147,13 +178,40 @@ export class Connection {
     this.#socket.end();
   };
 
+  #startTls(behindTls: { noZeroes: boolean }): void {
+    const { tls } = this.#parameters;
+    if (tls === null) throw new Error('STARTTLS was accepted without credentials');
+    this.#stopReading();
+    this.#state = { kind: 'starttls' };
+    // The client has only now been told that it may go on: what was read already is clear text, and goes.
+    while (this.#socket.read() !== null);
+    tls.accept(this.#socket, {
+      secured: (socket, identity) => this.#secured(socket, identity, behindTls),
+      failed: (kind, why) => {
+        if (!this.#givenUp) this.#parameters.complain(kind, why, this.#peer);
+        this.#socket.destroy();
+      },
+    });
+  }
+
+  #secured(socket: TLSSocket, identity: ClientIdentity, behindTls: { noZeroes: boolean }): void {
+    // Cut off meanwhile: the TLS socket goes when the one below it has closed. Not here: Node is inside OpenSSL, and with nothing
+    // left below it would free at once what OpenSSL is using.
+    if (this.#state.kind !== 'starttls' || this.#socket.destroyed) return;
+    this.#socket.off('close', this.#onClose); // from now on the TLS socket's counts, which takes the other with it
+    this.#socket = socket;
+    this.#identity = identity;
+    const handshake = this.#newHandshake(behindTls);
+    this.#state = { kind: 'handshake', handshake };
+    this.#listen();
+    handshake.start();
+  }
+
   #startSession(result: Extract<HandshakeResult, { kind: 'transmission' }>): void {
     const { entry, device, structured, contexts, rest } = result;
     const { log, startSession } = this.#parameters;
     clearTimeout(this.#deadline);
-    this.#socket.off('data', this.#onData);
-    this.#socket.off('drain', this.#onDrain);
-    this.#socket.off('end', this.#onEnd);
+    this.#stopReading();
     let session: Session;
     try {
       session = startSession(this.#socket, {
@@ -161,7 +219,12 @@ export class Connection {
         structured,
         contexts,
         rest,
-        log: log.child({ export: entry.name, peer: this.#peer }),
+        log: log.child({
+          export: entry.name,
+          peer: this.#peer,
+          ...(this.#identity === null ? {} : { client: this.#identity.name }),
+        }),
+        complain: (kind, detail) => this.#parameters.complain(kind, detail, this.#peer),
       });
     } catch (error) {
       device.release();
@@ -190,33 +253,34 @@ export class Connection {
   }
 
   #timedOut(): void {
-    if (this.#state.kind === 'handshake')
+    this.#givenUp = true;
+    if (this.#state.kind === 'handshake' || this.#state.kind === 'starttls')
       this.#parameters.complain('timeout', 'the handshake took too long', this.#peer);
     this.#socket.destroy();
   }
 
-  #failed(error: NodeJS.ErrnoException): void {
+  readonly #onError = (error: NodeJS.ErrnoException): void => {
     if (this.#state.kind === 'handshake')
       this.#parameters.complain(`socket-${error.code ?? 'error'}`, error.message, this.#peer);
-  }
+  };
 
   #sessionFailed(error: unknown): void {
     this.#parameters.log.error({ err: error, peer: this.#peer }, `a session failed: ${messageOf(error)}`);
   }
 
-  #socketClosed(): void {
+  readonly #onClose = (): void => {
     clearTimeout(this.#deadline);
     if (this.#state.kind === 'session') return; // over when the session says so
     this.#state = { kind: 'closed' };
     this.#resolveClosed();
-  }
+  };
 
   /** The session has said all it had to say; the client has a while to take it. */
   #sessionClosed(): void {
     const socket = this.#socket;
     this.#state = { kind: 'ending' };
     if (socket.closed) {
-      this.#socketClosed();
+      this.#onClose();
       return;
     }
     this.#deadline = setTimeout(() => this.#timedOut(), this.#parameters.handshakeTimeoutMs);

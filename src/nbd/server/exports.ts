@@ -16,6 +16,8 @@ export interface ExportEntry {
   preferredBlock: number;
   /** FLUSH and FUA on one connection cover completed writes of all. */
   multiConn: boolean;
+  /** Shown to and opened for clients behind TLS only. Default: false. */
+  tlsOnly?: boolean;
   /** Called once a client has chosen the export, never before; the session releases the device. May throw. */
   open(): BlockDevice;
 }

@@ -5,8 +5,8 @@
  * Invariants:
  * - Every option but EXPORT_NAME gets exactly one final reply, in the order of the options.
  * - What is held of a client's bytes is one incomplete unit, OPTION_BYTES_MAX at most.
- * - What was agreed on is in `#agreed` and nowhere else. STARTTLS, when it comes, replaces it by a new one: nothing said in
- *   clear text may survive (CVE-2021-3716).
+ * - STARTTLS ends this handshake. Behind it another one begins, which knows nothing of this one but NO_ZEROES; what came in
+ *   clear text behind STARTTLS is thrown away (CVE-2021-3716).
  * - A device is opened when the client has chosen its export, not before (CVE-2019-14850), and then belongs to the result.
  * - After the result nothing is sent.
  * Source: NetworkBlockDevice/nbd, doc/proto.md, «Fixed newstyle negotiation» to «Option types».
@@ -45,6 +45,7 @@ import {
   PAYLOAD_BYTES_MAX,
 } from '../constants.js';
 import type { BlockDevice } from '../device.js';
+import type { TlsMode } from '../tls.js';
 import { listContexts, type SelectedContext, selectContexts } from './contexts.js';
 import { type ExportDirectory, type ExportEntry, transmissionFlags } from './exports.js';
 
@@ -57,6 +58,7 @@ export type EndReason =
   | 'option-too-long' // more data than OPTION_SKIP_BYTES_MAX
   | 'too-many-options'
   | 'export-name' // EXPORT_NAME cannot be met, and has no way to say so
+  | 'tls-required' // EXPORT_NAME, which has no way to say so either
   | 'shutting-down'; // EXPORT_NAME came too late
 
 export type HandshakeResult =
@@ -74,10 +76,16 @@ export type HandshakeResult =
       /** Bytes that arrived behind the handshake: the beginning of transmission. */
       rest: Buffer;
     }
+  /** The client was told to begin with TLS. `behindTls` is for the handshake that follows. */
+  | { kind: 'starttls'; behindTls: { noZeroes: boolean } }
   | { kind: 'end'; reason: EndReason; detail: string };
 
 export interface HandshakeParameters {
   exports: ExportDirectory;
+  /** Default: 'off'. */
+  tls?: TlsMode;
+  /** This is the handshake that goes on behind STARTTLS, with what is still true of the one before. */
+  behindTls?: { noZeroes: boolean };
   /** Takes what is to be sent; the buffer is the receiver's. */
   send(bytes: Buffer): void;
   /** Told of an export that a client chose and that could not be opened. The client only learns that it is not available. */
@@ -100,13 +108,15 @@ interface Agreed {
 
 export class Handshake {
   readonly #exports: ExportDirectory;
+  readonly #tls: TlsMode;
+  readonly #secure: boolean;
   readonly #send: (bytes: Buffer) => void;
   readonly #openFailed: (entry: ExportEntry, error: unknown) => void;
   #state: State = { kind: 'client-flags' };
   /** The incomplete unit: its first `#held` bytes are there. */
   #unit = Buffer.alloc(0);
   #held = 0;
-  #agreed: Agreed = { structured: false, contexts: undefined };
+  readonly #agreed: Agreed = { structured: false, contexts: undefined };
   #noZeroes = false;
   #optionsSeen = 0;
   #namesListed = 0;
@@ -114,13 +124,19 @@ export class Handshake {
 
   constructor(parameters: HandshakeParameters) {
     this.#exports = parameters.exports;
+    this.#tls = parameters.tls ?? 'off';
+    this.#secure = parameters.behindTls !== undefined;
+    if (parameters.behindTls !== undefined) {
+      this.#state = { kind: 'option-header' };
+      this.#noZeroes = parameters.behindTls.noZeroes;
+    }
     this.#send = (bytes) => parameters.send(bytes);
     this.#openFailed = (entry, error) => parameters.openFailed?.(entry, error);
   }
 
-  /** Sends the greeting. Once, before the first `push`. */
+  /** Sends the greeting, unless that was done before TLS. Once, before the first `push`. */
   start(): void {
-    this.#send(encodeGreeting());
+    if (!this.#secure) this.#send(encodeGreeting());
   }
 
   get result(): HandshakeResult | undefined {
@@ -206,6 +222,8 @@ export class Handshake {
     this.#state = { kind: 'option-header' };
     if (option === Option.ABORT) this.#state = { kind: 'over', result: this.#abort() };
     else if (this.#exports.shuttingDown) this.#refuseShuttingDown(option);
+    else if (option === Option.STARTTLS) this.#refuseStartTls(true);
+    else if (this.#tlsMissing) this.#refuseWithoutTls(option);
     else if (!IMPLEMENTED.has(option)) this.#refuseUnknown(option);
     else {
       if (option === Option.SET_META_CONTEXT) this.#agreed.contexts = undefined;
@@ -218,6 +236,8 @@ export class Handshake {
     if (option === Option.ABORT) return this.#abort();
     if (option === Option.EXPORT_NAME) return this.#exportName(data, rest);
     if (this.#exports.shuttingDown) return this.#refuseShuttingDown(option);
+    if (option === Option.STARTTLS) return this.#startTls(data);
+    if (this.#tlsMissing) return this.#refuseWithoutTls(option);
     switch (option) {
       case Option.LIST:
         return this.#list(data);
@@ -229,7 +249,7 @@ export class Handshake {
       case Option.LIST_META_CONTEXT:
       case Option.SET_META_CONTEXT:
         return this.#metaContext(option, data);
-      // STARTTLS and EXTENDED_HEADERS belong here once they are spoken; until then they are as unknown as any other.
+      // EXTENDED_HEADERS belongs here once it is spoken; until then it is as unknown as any other.
       default:
         return this.#refuseUnknown(option);
     }
@@ -240,12 +260,41 @@ export class Handshake {
     return { kind: 'end', reason: 'abort', detail: 'the client ended the handshake' };
   }
 
+  /** TLS is required, and is not there. */
+  get #tlsMissing(): boolean {
+    return this.#tls === 'required' && !this.#secure;
+  }
+
+  #startTls(data: Buffer): HandshakeResult | undefined {
+    if (this.#tls === 'off' || this.#secure || data.length > 0) return this.#refuseStartTls(data.length > 0);
+    this.#ack(Option.STARTTLS);
+    return { kind: 'starttls', behindTls: { noZeroes: this.#noZeroes } };
+  }
+
+  #refuseStartTls(hasData: boolean): undefined {
+    const option = Option.STARTTLS;
+    if (this.#tls === 'off') return this.#refuseUnknown(option);
+    const why = hasData ? 'STARTTLS takes no data' : 'TLS is on already';
+    return this.#refuse(option, OptionReply.ERR_INVALID, why);
+  }
+
+  #refuseWithoutTls(option: number): undefined {
+    return this.#refuse(option, OptionReply.ERR_TLS_REQD, 'TLS must be started first');
+  }
+
+  /** The entry is for clients behind TLS, and this one is not. */
+  #outOfReach(entry: ExportEntry): boolean {
+    return entry.tlsOnly === true && !this.#secure;
+  }
+
   #exportName(data: Buffer, rest: Buffer): HandshakeResult {
     if (this.#exports.shuttingDown) return end('shutting-down', 'the server is shutting down');
+    if (this.#tlsMissing) return end('tls-required', 'it asked for an export without TLS, which is required');
     const name = parseExportName(data);
     if (!name.ok) return end('export-name', name.problem);
     const entry = this.#exports.find(name.value);
     if (entry === undefined) return end('export-name', noExport(name.value));
+    if (this.#outOfReach(entry)) return end('tls-required', 'it asked for an export that requires TLS');
     const device = this.#open(entry);
     if (device === undefined) return end('export-name', unavailable(entry));
     const flags = transmissionFlags(device, this.#agreed.structured);
@@ -257,7 +306,7 @@ export class Handshake {
     if (data.length > 0) return this.#refuse(Option.LIST, OptionReply.ERR_INVALID, 'LIST takes no data');
     if (this.#bytesListed > LISTED_BYTES_MAX)
       return this.#refuse(Option.LIST, OptionReply.ERR_TOO_BIG, 'listed too often');
-    const entries = this.#exports.list();
+    const entries = this.#exports.list().filter((entry) => !this.#outOfReach(entry));
     for (const entry of entries) {
       const reply = encodeServer(entry.name, entry.description);
       this.#bytesListed += reply.length;
@@ -274,6 +323,7 @@ export class Handshake {
     const entry = this.#exports.find(request.value.name);
     if (entry === undefined)
       return this.#refuse(option, OptionReply.ERR_UNKNOWN, noExport(request.value.name));
+    if (this.#outOfReach(entry)) return this.#refuseWithoutTls(option);
     if (option === Option.INFO) return this.#describe(option, entry, request.value);
     const device = this.#open(entry);
     if (device === undefined) return this.#refuse(option, OptionReply.ERR_UNKNOWN, unavailable(entry));
@@ -310,6 +360,7 @@ export class Handshake {
     const { name, queries } = request.value;
     const entry = this.#exports.find(name);
     if (entry === undefined) return this.#refuse(option, OptionReply.ERR_UNKNOWN, noExport(name));
+    if (this.#outOfReach(entry)) return this.#refuseWithoutTls(option);
     if (set) {
       const selected = selectContexts(entry.contexts, queries);
       for (const context of selected) this.#send(encodeMetaContext(option, context.id, context.name));

@@ -12,10 +12,12 @@ import {
   HANDSHAKE_TIMEOUT_MS,
   SESSION_DRAIN_TIMEOUT_MS,
 } from '../constants.js';
+import type { ServerTlsSettings } from '../tls.js';
 import { Connection, type ConnectionParameters, type StartSession } from './connection.js';
 import type { ExportDirectory } from './exports.js';
 import { type BoundServer, bind } from './sockets.js';
 import { openStdio } from './stdio.js';
+import { TlsAcceptor } from './tls-acceptor.js';
 
 export type { Session, SessionParameters, StartSession } from './connection.js';
 
@@ -24,6 +26,8 @@ export interface ListenerParameters {
   exports: ExportDirectory;
   startSession: StartSession;
   log: Logger;
+  /** Default: no TLS. */
+  tls?: ServerTlsSettings;
   /** Default: CONNECTIONS_MAX. */
   connectionsMax?: number;
   /** Default: HANDSHAKE_TIMEOUT_MS. */
@@ -38,6 +42,7 @@ export class Listener {
   /** Resolves when the session on stdio is over, and with it the reason to be; never without stdio among the addresses. */
   readonly stdioClosed: Promise<void>;
   readonly #parameters: ListenerParameters;
+  readonly #tls: TlsAcceptor | null;
   readonly #connectionParameters: ConnectionParameters;
   readonly #connections = new Set<Connection>();
   readonly #servers: BoundServer[] = [];
@@ -45,7 +50,7 @@ export class Listener {
   #resolveStdioClosed: () => void = () => {};
   #closing: Promise<void> | undefined;
 
-  /** Listens at all addresses, or at none and throws 'address'. */
+  /** Listens at all addresses, or at none and throws 'address', or 'tls' when there is something wrong with the credentials. */
   static async open(parameters: ListenerParameters): Promise<Listener> {
     const listener = new Listener(parameters);
     try {
@@ -63,6 +68,7 @@ export class Listener {
     this.stdioClosed = new Promise((resolve) => {
       this.#resolveStdioClosed = resolve;
     });
+    this.#tls = parameters.tls === undefined ? null : new TlsAcceptor(parameters.tls);
     const isClosing = () => this.#closing !== undefined;
     this.#connectionParameters = {
       exports: {
@@ -74,6 +80,7 @@ export class Listener {
       },
       startSession,
       log,
+      tls: this.#tls,
       handshakeTimeoutMs: parameters.handshakeTimeoutMs ?? HANDSHAKE_TIMEOUT_MS,
       complain: (kind, detail, peer) => this.#complain(kind, detail, peer),
     };
@@ -92,9 +99,13 @@ export class Listener {
       void this.#accept(openStdio())?.closed.then(this.#resolveStdioClosed);
   }
 
-  /** The NBD URIs of an export (default: the default export) at all addresses that have one. */
+  /** The NBD URIs of an export (default: the default export) at all addresses that have one, those with TLS first. */
   addresses(exportName = ''): string[] {
-    return this.#servers.flatMap(({ bound }) => (bound && exportUri(bound, exportName)) ?? []);
+    const all = (secure?: { hostname: string | undefined }) =>
+      this.#servers.flatMap(({ bound }) => (bound && exportUri(bound, exportName, secure)) ?? []);
+    if (this.#tls === null) return all();
+    const { mode, hostname } = this.#tls;
+    return mode === 'required' ? all({ hostname }) : [...all({ hostname }), ...all()];
   }
 
   /** Clients in the transmission phase of an export. */

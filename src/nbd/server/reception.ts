@@ -4,7 +4,8 @@
  * - A plain TCP or unix socket is taken over by its descriptor, once the handshake's last answer has left: a duplicate is
  *   opened with one receive buffer that every read reuses, and the socket object of the handshake goes. Nothing is
  *   lost: what that object had read already is handed on first.
- * - Any other stream (stdio, TLS) is read by its 'data' events.
+ * - Any other stream (stdio, TLS) is read by its 'data' events. TLS keeps the connection's own descriptor below it, which tells
+ *   whether the client is still there.
  */
 
 import net from 'node:net';
@@ -63,8 +64,8 @@ export class Reception {
 
   /** The client is known to send no more, though some of what it sent may not have been read yet. */
   get peerGone(): boolean {
-    const handle = handleOf(this.stream);
-    return this.stream.destroyed || (handle !== null && peerGone(handle.fd) !== 0);
+    const descriptor = descriptorOf(this.stream);
+    return this.stream.destroyed || (descriptor !== null && peerGone(descriptor) !== 0);
   }
 
   #openPlain(): void {
@@ -132,6 +133,11 @@ interface Handle {
 /** The handle of a socket that can be taken over: of net.Socket itself, none of its descendants (TLS, terminals). */
 function handleOf(socket: net.Socket | Duplex): Handle | null {
   if (Object.getPrototypeOf(socket) !== net.Socket.prototype) return null;
+  return descriptorOf(socket) === null ? null : (socket as unknown as { _handle: Handle })._handle;
+}
+
+/** The descriptor of the connection, also below TLS. A stream that is none has none. */
+function descriptorOf(socket: net.Socket | Duplex): number | null {
   const handle = (socket as { _handle?: Partial<Handle> | null })._handle;
-  return handle && typeof handle.fd === 'number' && handle.fd >= 0 ? (handle as Handle) : null;
+  return handle && typeof handle.fd === 'number' && handle.fd >= 0 ? handle.fd : null;
 }

@@ -59,6 +59,7 @@ class TransmissionSession implements Session, Sink {
 
   readonly #device: BlockDevice;
   readonly #log: Logger;
+  readonly #complain: (kind: string, detail: string) => void;
   readonly #output: Output;
   readonly #executor: Executor;
   readonly #parser: RequestParser;
@@ -85,6 +86,7 @@ class TransmissionSession implements Session, Sink {
     });
     this.#device = device;
     this.#log = log;
+    this.#complain = (kind, detail) => parameters.complain?.(kind, detail);
     const { size, readOnly } = device;
     const rules = { size, readOnly, structured, hasContexts: contexts.length > 0 };
     const output = new Output(slabs, this.#turn);
@@ -157,7 +159,7 @@ class TransmissionSession implements Session, Sink {
     } while (parser.stalled && this.#executor.roomy);
     this.#consuming = false;
     if (parser.over === 'garbage') {
-      this.#log.warn('the client sent no NBD request where one was due: disconnected');
+      this.#complain('request-magic', 'it sent no NBD request where one was due');
       this.#abandon();
       return true;
     }

@@ -6,7 +6,7 @@ import { promisify } from 'node:util';
 import { Command, Info, Option, TransmissionFlag } from '../../../src/nbd/constants.js';
 import { infoData, metaData } from '../../support/handshake.js';
 import { contextsOf, factsOf, Haggle } from './haggle.js';
-import type { Target } from './target.js';
+import { type Target, UNKNOWN_NAME } from './target.js';
 import { Transmission } from './transmission.js';
 import { Wire } from './wire.js';
 
@@ -72,6 +72,12 @@ export class Lab {
 
   needsStructured(): void {
     this.needs(this.target.structured, 'structured replies');
+  }
+
+  /** A name of no export, `length` characters long. */
+  unknownName(length = UNKNOWN_NAME.length): string {
+    this.needs(this.target.refusesNames, 'a server that knows its exports by name');
+    return UNKNOWN_NAME.padEnd(length, 'e');
   }
 
   needsContexts(): void {
@@ -150,10 +156,13 @@ def handle():
 h = handle()
 ${connect ? 'h.connect_uri(uri)' : ''}
 `;
-    const { stdout } = await promisify(execFile)(PYTHON, ['-c', prelude + script, this.target.uri], {
-      timeout: PYTHON_TIMEOUT_MS,
-      killSignal: 'SIGKILL',
-    });
+    const words = ['-c', prelude + script, this.target.uri];
+    const limits = { timeout: PYTHON_TIMEOUT_MS, killSignal: 'SIGKILL' } as const;
+    const { stdout } = await promisify(execFile)(PYTHON, words, limits).catch(
+      (error: { stderr?: string }) => {
+        throw new Error(error.stderr?.trim().split('\n').at(-1) || 'the script did not end in time');
+      },
+    );
     const result: unknown = JSON.parse(stdout);
     this.needs(result !== null, "libnbd's Python module");
     return result;

@@ -91,14 +91,14 @@ export class Haggle {
   /** Asks and demands the ACK. */
   async agreed(number: number, data?: Buffer): Promise<OptionAnswer[]> {
     const { all, final } = await this.ask(number, data);
-    assert.equal(nameOf(final), 'ACK', `option ${number} is granted`);
+    assert.ok(final === OptionReply.ACK, `option ${number} is answered with ${nameOf(final)} instead of ACK`);
     return all.slice(0, -1);
   }
 
   /** Asks and demands one refusal of the given types (default: any), without anything before it. */
   async refused(number: number, data?: Buffer, ...types: number[]): Promise<OptionAnswer> {
     const { all, final } = await this.ask(number, data);
-    assert.ok(final >= 0x8000_0000, `option ${number} is refused, not answered with ${nameOf(final)}`);
+    assert.ok(final >= 0x8000_0000, `option ${number} is answered with ${nameOf(final)} instead of an error`);
     if (types.length > 0) assertType(final, types);
     return all.at(-1)!;
   }
@@ -127,7 +127,8 @@ export class Haggle {
 export const UNKNOWN_OPTION = 0x6e6f6e65;
 
 export function assertType(type: number, allowed: readonly number[]): void {
-  assert.ok(allowed.includes(type), `the answer is ${allowed.map(nameOf).join(' or ')}, not ${nameOf(type)}`);
+  const expected = allowed.map(nameOf).join(' or ');
+  assert.ok(allowed.includes(type), `answered with ${nameOf(type)} instead of ${expected}`);
 }
 
 const NAMES = new Map<number, string>(Object.entries(OptionReply).map(([name, type]) => [type, name]));
@@ -143,7 +144,6 @@ export function factsOf(replies: readonly OptionAnswer[]): ExportFacts {
     const kind = data.readUInt16BE(0);
     if (kind === Info.EXPORT) {
       assert.equal(data.length, 12, 'INFO_EXPORT has 12 bytes');
-      assert.equal(facts, null, 'there is one INFO_EXPORT');
       facts = { size: data.readBigUInt64BE(2), flags: data.readUInt16BE(10), blocks: null };
     } else if (kind === Info.BLOCK_SIZE) {
       assert.equal(data.length, 14, 'INFO_BLOCK_SIZE has 14 bytes');

@@ -1,7 +1,7 @@
 /**
  * Runs the conformance suite against any NBD server:
  *
- *     node dist/test/interop/conformance/run.js --uri URI [--read-only-uri URI] [--tls-uri URI] [--only TEXT] [--json]
+ *     node dist/test/interop/conformance/run.js --uri URI [--read-only-uri URI] [--tls-uri URI] [--tls-certificates DIR] [--only TEXT] [--json]
  *
  * It writes to the export. Exit code 1: a MUST was failed; 2: wrong usage, or no such server.
  */
@@ -9,7 +9,8 @@ import { parseArgs } from 'node:util';
 import { CASES, countsOf, type Result, runCase } from './suite.js';
 import { probe } from './target.js';
 
-const USAGE = 'usage: run.js --uri URI [--read-only-uri URI] [--tls-uri URI] [--only TEXT] [--json]';
+const USAGE =
+  'usage: run.js --uri URI [--read-only-uri URI] [--tls-uri URI] [--tls-certificates DIR] [--only TEXT] [--json]';
 
 function show({ clause, level, name, outcome, detail }: Result): string {
   return `${outcome.padEnd(11)}  ${clause} ${level}  ${name}${detail === '' ? '' : `  (${detail})`}`;
@@ -21,6 +22,7 @@ async function main(): Promise<number> {
       uri: { type: 'string' },
       'read-only-uri': { type: 'string' },
       'tls-uri': { type: 'string' },
+      'tls-certificates': { type: 'string' },
       only: { type: 'string' },
       json: { type: 'boolean', default: false },
     },
@@ -31,6 +33,7 @@ async function main(): Promise<number> {
     uri,
     readOnlyUri: values['read-only-uri'],
     tlsUri: values['tls-uri'],
+    tlsCertificates: values['tls-certificates'],
   });
   const results: Result[] = [];
   for (const one of CASES) {

@@ -51,7 +51,9 @@ export async function runCase(one: Case, target: Target): Promise<Result> {
     const detail = typeof chosen === 'string' ? chosen : '';
     return { clause, level, name, outcome: 'pass', detail };
   } catch (error) {
-    const detail = String(error instanceof Error ? error.message : error).split('\n')[0]!;
+    const detail = String(error instanceof Error ? error.message : error)
+      .replaceAll(/\s+/g, ' ')
+      .trim();
     return { clause, level, name, outcome: error instanceof NotOffered ? 'not offered' : 'fail', detail };
   } finally {
     lab.close();

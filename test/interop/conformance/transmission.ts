@@ -157,7 +157,10 @@ export class Transmission {
   async fails(asked: Asked, ...errnos: number[]): Promise<Answer> {
     const answer = await this.ask(asked);
     const expected = errnos.map(errnoName).join(' or ');
-    assert.ok(errnos.includes(answer.errno), `the answer is ${expected}, not ${errnoName(answer.errno)}`);
+    assert.ok(
+      errnos.includes(answer.errno),
+      `answered with ${errnoName(answer.errno)} instead of ${expected}`,
+    );
     return answer;
   }
 
@@ -176,15 +179,14 @@ export class Transmission {
 
   /** Asks what a server may answer as it likes; says what it did. A disconnect counts only if that is allowed. */
   async choice(asked: Asked, mayDisconnect = false): Promise<string> {
-    let answer: Answer;
     try {
-      answer = await this.ask(asked);
+      const { errno } = await this.ask(asked);
+      await this.goesOn();
+      return errnoName(errno);
     } catch (error) {
       if (mayDisconnect && this.wire.over) return 'disconnects';
       throw error;
     }
-    await this.goesOn();
-    return errnoName(answer.errno);
   }
 
   /** DISC, then nothing more comes and the server closes. */

@@ -8,31 +8,50 @@ export const DEADLINE_MS = 5_000;
 /** For requests of tens of MiB. */
 export const LONG_DEADLINE_MS = 20_000;
 
+const RETRY_MS = 20;
+
 export class Wire {
   deadlineMs = DEADLINE_MS;
   readonly #socket: net.Socket;
   #pieces: Buffer[] = [];
   #available = 0;
   #over = false;
+  #detached = false;
   #wake: () => void = () => {};
 
   private constructor(socket: net.Socket) {
     this.#socket = socket;
-    socket.on('data', (bytes: Buffer) => {
-      this.#pieces.push(bytes);
-      this.#available += bytes.length;
-      this.#wake();
-    });
+    socket.on('data', this.#onData);
     socket.on('error', () => {}); // 'close' follows
-    for (const event of ['end', 'close'])
-      socket.on(event, () => {
-        this.#over = true;
-        this.#wake();
-      });
+    socket.on('end', this.#onOver);
+    socket.on('close', this.#onOver);
   }
+
+  readonly #onData = (bytes: Buffer): void => {
+    this.#pieces.push(bytes);
+    this.#available += bytes.length;
+    this.#wake();
+  };
+
+  readonly #onOver = (): void => {
+    this.#over = true;
+    this.#wake();
+  };
 
   static async connect(address: NbdAddress): Promise<Wire> {
     const to = address.kind === 'unix' ? { path: address.path } : { host: address.host, port: address.port };
+    for (const deadline = performance.now() + DEADLINE_MS; ; ) {
+      try {
+        return await Wire.#connect(to);
+      } catch (error) {
+        // A unix socket whose server has not accepted its last clients yet.
+        if ((error as NodeJS.ErrnoException).code !== 'EAGAIN' || performance.now() > deadline) throw error;
+        await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+      }
+    }
+  }
+
+  static async #connect(to: net.NetConnectOpts): Promise<Wire> {
     const socket = net.connect({ ...to, allowHalfOpen: true });
     const wire = new Wire(socket);
     const connected = new Promise<void>((resolve, reject) => {
@@ -94,13 +113,20 @@ export class Wire {
     this.#socket.pause();
   }
 
+  /** A socket that was given away is closed by what is on top of it: Node 20 crashes when it goes away below TLS first. */
   close(): void {
-    this.#socket.destroy();
+    if (!this.#detached) this.#socket.destroy();
   }
 
-  /** Goes on with another stream on top of this connection (TLS): gives the socket away. */
+  /**
+   * Goes on with another stream on top of this connection (TLS): gives the socket away. Whoever takes it closes it through that stream
+   * only: Node 20 crashes in SSL_read when the socket below a TLSSocket is destroyed beside it.
+   */
   detach(): net.Socket {
-    for (const event of ['data', 'end', 'close']) this.#socket.removeAllListeners(event);
+    this.#detached = true;
+    this.#socket.off('data', this.#onData);
+    this.#socket.off('end', this.#onOver);
+    this.#socket.off('close', this.#onOver);
     return this.#socket;
   }
 

@@ -69,6 +69,51 @@ describe('configuration', () => {
     refused(`name: a\nvms: [${twice}]`, /has node "n" twice/);
   });
 
+  test('TLS is off unless it is asked for', () => {
+    const config = parseConfig(GOOD, '/etc/blockferry');
+    assert.deepEqual([config.linkTls, config.sourceTls, config.tlsOnly.size], [null, null, 0]);
+  });
+
+  test('TLS by certificates is required, clients included, unless it says otherwise', () => {
+    const config = parseConfig('name: a\ntls: {certificates: pki}', '/etc/blockferry');
+    assert.deepEqual(config.linkTls, {
+      mode: 'required',
+      verifyPeer: true,
+      certificates: '/etc/blockferry/pki',
+    });
+    assert.deepEqual(config.sourceTls, { certificates: '/etc/blockferry/pki' });
+  });
+
+  test('TLS by keys, allowed, with a volume that needs it', () => {
+    const text = `
+name: a
+tls: {mode: allowed, psk: /k/keys.psk, username: a, hostname: a.example}
+volumes: [{name: d, image: x, tlsOnly: true}, {name: e, image: y}]`;
+    const config = parseConfig(text, '/');
+    assert.deepEqual(config.linkTls, {
+      mode: 'allowed',
+      verifyPeer: true,
+      pskFile: '/k/keys.psk',
+      hostname: 'a.example',
+    });
+    assert.deepEqual(config.sourceTls, { pskFile: '/k/keys.psk', username: 'a' });
+    assert.deepEqual([...config.tlsOnly], ['d']);
+  });
+
+  test('TLS towards sources alone', () => {
+    const config = parseConfig('name: a\ntls: {mode: off, certificates: /pki}', '/');
+    assert.equal(config.linkTls, null);
+    assert.deepEqual(config.sourceTls, { certificates: '/pki' });
+  });
+
+  test('TLS that makes no sense', () => {
+    refused('name: a\ntls: {}', /tls: either certificates or psk/);
+    refused('name: a\ntls: {certificates: a, psk: b}', /tls: either certificates or psk/);
+    refused('name: a\ntls: {certificates: a, mode: on}', /tls\.mode/);
+    refused('name: a\ntls: {certificates: a, colour: red}', /tls: .*colour/);
+    refused('name: a\nvolumes: [{name: d, image: x, tlsOnly: true}]', /"d" is tlsOnly, and there is no TLS/);
+  });
+
   test('is not fooled by aliases that multiply', () => {
     const bomb = ['a: &a [x, x, x, x, x, x, x, x, x]'];
     for (let level = 1; level < 9; level += 1) {

@@ -82,6 +82,16 @@ describe('NBD URIs', () => {
     });
 });
 
+test('the URI of an export with TLS', () => {
+  const uri = (address: string, hostname?: string) =>
+    exportUri(parseListenAddress(address), 'a b', { hostname });
+  assert.equal(uri('[::1]:7'), 'nbds://[::1]:7/a%20b');
+  assert.equal(uri('[::1]:7', 'h.example'), 'nbds://[::1]:7/a%20b?tls-hostname=h.example');
+  assert.equal(uri('unix:/s'), 'nbds+unix:///a%20b?socket=/s');
+  assert.equal(uri('unix:/s', 'h.example'), 'nbds+unix:///a%20b?socket=/s&tls-hostname=h.example');
+  assert.equal(uri('stdio', 'h.example'), undefined);
+});
+
 describe('socket activation', () => {
   test('descriptors from 3 on, and the variables are taken away', () => {
     const env: NodeJS.ProcessEnv = { LISTEN_PID: '42', LISTEN_FDS: '2', LISTEN_FDNAMES: 'a:b', HOME: '/' };

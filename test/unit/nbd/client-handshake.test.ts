@@ -8,7 +8,7 @@ import { greeting, infoBlockSize, infoExport, optionReply, u16, u32, u64 } from 
 
 const { ACK, SERVER, INFO, META_CONTEXT, ERR_UNSUP, ERR_UNKNOWN, ERR_POLICY, ERR_TLS_REQD, ERR_SHUTDOWN } =
   OptionReply;
-const { STRUCTURED_REPLY, SET_META_CONTEXT, GO, LIST, EXPORT_NAME, ABORT } = Option;
+const { STARTTLS, STRUCTURED_REPLY, SET_META_CONTEXT, GO, LIST, EXPORT_NAME, ABORT } = Option;
 
 function goal(wish: Partial<Extract<HandshakeGoal, { kind: 'connect' }>> = {}): HandshakeGoal {
   return { kind: 'connect', exportName: 'disk', contexts: [], requireStructured: false, ...wish };
@@ -37,6 +37,32 @@ function fails(code: ErrorCode, why: RegExp) {
 }
 
 describe('client handshake', () => {
+  it('begins with STARTTLS, and asks nothing else before TLS stands', () => {
+    const handshake = new ClientHandshake(goal(), true);
+    assert.equal(optionIn(handshake.receive(greeting())), STARTTLS);
+    assert.equal(handshake.startsTls, false);
+    assert.equal(handshake.receive(optionReply(STARTTLS, ACK)), null);
+    assert.equal(handshake.startsTls, true);
+    assert.equal(handshake.farewell, null, 'nothing is said in clear text any more');
+    assert.equal(handshake.secured().readUInt32BE(8), STRUCTURED_REPLY);
+    assert.deepEqual(
+      converse(handshake, [
+        optionReply(STRUCTURED_REPLY, ACK),
+        Buffer.concat([basics, optionReply(GO, ACK)]),
+      ]),
+      [GO, null],
+    );
+    assert.equal(handshake.outcome?.kind, 'connect');
+  });
+
+  it('lists behind TLS', () => {
+    const handshake = new ClientHandshake({ kind: 'list' }, true);
+    converse(handshake, [greeting(), optionReply(STARTTLS, ACK)]);
+    assert.equal(handshake.secured().readUInt32BE(8), LIST);
+    handshake.receive(optionReply(LIST, ACK));
+    assert.deepEqual(handshake.outcome, { kind: 'list', exports: [] });
+  });
+
   it('asks for structured replies, contexts and GO, and tells all it learned', () => {
     const handshake = new ClientHandshake(goal({ contexts: ['base:allocation', 'x:y'] }));
     const asked = converse(handshake, [
@@ -168,7 +194,7 @@ describe('client handshake', () => {
 
 describe('client handshake: refusals and broken servers', () => {
   const structured = [greeting(), optionReply(STRUCTURED_REPLY, ACK)];
-  const cases: [string, Buffer[], ErrorCode, RegExp, Parameters<typeof goal>[0]?][] = [
+  const cases: [string, Buffer[], ErrorCode, RegExp, Parameters<typeof goal>[0]?, boolean?][] = [
     ['garbage', [Buffer.from('HTTP/1.1 400 Bad Request\r\n')], 'protocol', /not an NBD server/],
     [
       'an unknown export',
@@ -189,6 +215,24 @@ describe('client handshake: refusals and broken servers', () => {
       'source-unreachable',
       /TLS/,
     ],
+    [
+      'an answer behind the ACK of STARTTLS, in clear text',
+      [greeting(), Buffer.concat([optionReply(STARTTLS, ACK), optionReply(STRUCTURED_REPLY, ACK)])],
+      'protocol',
+      /more than it was asked/,
+      {},
+      true,
+    ],
+    [
+      'no TLS where it is a must',
+      [greeting(), optionReply(STARTTLS, ERR_UNSUP)],
+      'tls',
+      /offers no TLS \(ERR_UNSUP\)/,
+      {},
+      true,
+    ],
+    ['TLS refused by policy', [greeting(), optionReply(STARTTLS, ERR_POLICY)], 'tls', /ERR_POLICY/, {}, true],
+    ['plain newstyle where TLS is a must', [greeting(0)], 'tls', /too old for TLS/, {}, true],
     [
       'a server shutting down',
       [...structured, optionReply(GO, ERR_SHUTDOWN)],
@@ -267,9 +311,9 @@ describe('client handshake: refusals and broken servers', () => {
       { contexts: ['x:y', 'x:z'] },
     ],
   ];
-  for (const [what, messages, code, why, wish] of cases) {
+  for (const [what, messages, code, why, wish, secure] of cases) {
     it(what, () => {
-      const handshake = new ClientHandshake(goal(wish));
+      const handshake = new ClientHandshake(goal(wish), secure);
       assert.throws(() => converse(handshake, messages), fails(code, why));
     });
   }

@@ -18,6 +18,7 @@ import { BlockferryError } from '../../../src/errors.js';
 import { type ListenAddress, parseListenAddress } from '../../../src/nbd/address.js';
 import { Option, OptionReply } from '../../../src/nbd/constants.js';
 import { Listener, type ListenerParameters } from '../../../src/nbd/server/listener.js';
+import { startSession } from '../../../src/nbd/server/session.js';
 import {
   clientFlags,
   directory,
@@ -458,4 +459,17 @@ describe('close', () => {
     assert.equal(listener.close(), listener.close());
     await listener.close();
   });
+});
+
+test('requests that are none are logged once, however many clients send them', async () => {
+  const served = await serve(`unix:${join(folder, 's')}`, { startSession });
+  for (let count = 0; count < 3; count++) {
+    const client = await served.connect();
+    client.send(clientFlags(), option(Option.GO, infoData('disk')), Buffer.alloc(28, 0x41));
+    assert.equal((await client.receiveAll()).length, GREETING_BYTES + GO_ANSWER_BYTES);
+  }
+  assert.deepEqual(
+    lines.filter(({ level }) => level >= 40).map(({ kind }) => kind),
+    ['request-magic'],
+  );
 });

@@ -38,6 +38,22 @@ const GOOD: [text: string, value: NbdUri, formatted?: string][] = [
   ],
   ['nbd+unix:///?socket=/a+b', unix('/a+b'), 'nbd+unix:///?socket=/a%2Bb'],
   ['nbd+unix:///?socket=%00/abstract', unix('\0/abstract')],
+  ['nbds://h/x', { ...tcp('h', 10809, 'x'), tls: {} }],
+  ['NBDS://@h/x', { ...tcp('h', 10809, 'x'), tls: {} }, 'nbds://h/x'],
+  ['nbds://alice@h:1/x', { ...tcp('h', 1, 'x'), tls: { username: 'alice' } }],
+  ['nbds://a%40b%3Ac@[::1]', { ...tcp('::1', 10809), tls: { username: 'a@b:c' } }],
+  [
+    'nbds://h/x?tls-certificates=/etc/pki%20a&tls-hostname=disks.example&tls-verify-peer=false',
+    {
+      ...tcp('h', 10809, 'x'),
+      tls: { certificates: '/etc/pki a', hostname: 'disks.example', verifyPeer: false },
+    },
+  ],
+  [
+    'nbds+unix://alice@/x?socket=/s&tls-psk-file=/k&tls-verify-peer=1',
+    { ...unix('/s', 'x'), tls: { username: 'alice', pskFile: '/k', verifyPeer: true } },
+    'nbds+unix://alice@/x?socket=/s&tls-psk-file=/k&tls-verify-peer=true',
+  ],
 ];
 
 const BAD: [text: string, why: RegExp][] = [
@@ -49,10 +65,16 @@ const BAD: [text: string, why: RegExp][] = [
   ['nbd://h/x#fragment', /looks like/],
   ['http://h/x', /scheme 'http'/],
   ['nbd+ssh://h/x', /scheme 'nbd\+ssh'/],
-  ['nbds://h/x', /TLS is not available yet/],
-  ['nbds+unix:///x?socket=/s', /TLS is not available yet/],
-  ['nbd://alice@h/x', /TLS/],
-  ['nbd://h/x?tls-type=psk', /TLS/],
+  ['nbd://alice@h/x', /TLS: write nbds/],
+  ['nbd+unix://alice@/x?socket=/s', /TLS: write nbds/],
+  ['nbd://h/x?tls-psk-file=/k', /'tls-psk-file' is for TLS: write nbds/],
+  ['nbds://h/x?tls-type=psk', /'tls-type' is not known/],
+  ['nbds://alice:secret@h/x', /password/],
+  ['nbds://h/x?tls-certificates=', /'tls-certificates' must say something/],
+  ['nbds://h/x?tls-certificates=/a&tls-psk-file=/b', /rule each other out/],
+  ['nbds://h/x?tls-verify-peer=perhaps', /true or false/],
+  ['nbds+unix://h/x?socket=/s', /no host/],
+  ['nbds+unix:///x', /socket=PATH/],
   ['nbd://h:0/x', /port/],
   ['nbd://h:65536/x', /port/],
   ['nbd://h:12a/x', /HOST/],

@@ -10,7 +10,7 @@ import {
 } from '../../../../src/nbd/constants.js';
 import { counted, infoData, u16, u32 } from '../../../support/handshake.js';
 import { type Lab, must, should } from '../case.js';
-import { assertType, factsOf, infosOf, infoText, nameOf } from '../haggle.js';
+import { assertType, factsOf, infosOf, infoText, nameOf, type OptionAnswer } from '../haggle.js';
 import { Transmission } from '../transmission.js';
 
 const { ERR_INVALID, ERR_UNKNOWN, ERR_TOO_BIG, ERR_POLICY, ACK } = OptionReply;
@@ -20,6 +20,9 @@ const BOTH = [
 ] as const;
 const PLAIN = { structured: false, extended: false, contexts: [] };
 const ALL_INFOS = [Info.EXPORT, Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE];
+
+/** The order of information is free. */
+const sorted = (replies: readonly OptionAnswer[]) => replies.map(({ data }) => data.toString('hex')).sort();
 
 /** Malformed data of INFO and GO, by what is wrong with it. */
 const MALFORMED: [what: string, data: (name: string) => Buffer][] = [
@@ -45,31 +48,32 @@ const malformedCases = BOTH.flatMap(([what, number]) =>
 const bothCases = BOTH.flatMap(([what, number]) => [
   must('C1', `${what} answers INFO_EXPORT before ACK`, async (lab) => {
     const facts = await (await lab.haggle()).describe(number, lab.name);
-    assert.ok(facts.size > 0n);
+    assert.ok(facts.size > 0n, 'the size is 0');
   }),
   must('C1', `${what}: unknown information requests are ignored`, async (lab) => {
     await (await lab.haggle()).describe(number, lab.name, [0x8000, 0x1234, 4, 0xffff]);
   }),
   must('C1', `${what}: a request for INFO_EXPORT itself is allowed`, async (lab) => {
-    await (await lab.haggle()).describe(number, lab.name, [Info.EXPORT, Info.EXPORT]);
+    await (await lab.haggle()).describe(number, lab.name, [Info.EXPORT]);
   }),
   should('C1', `${what} with a hundred requests is answered`, async (lab) => {
-    await (await lab.haggle()).describe(number, lab.name, Array(100).fill(Info.BLOCK_SIZE));
+    const unknown = Array.from({ length: 99 }, (_, index) => 1000 + index);
+    await (await lab.haggle()).describe(number, lab.name, [Info.BLOCK_SIZE, ...unknown]);
   }),
   must('C1', `${what} of an unknown export: ERR_UNKNOWN, and the handshake goes on`, async (lab) => {
     const haggle = await lab.haggle();
-    const { final } = await haggle.ask(number, infoData('no such export here'));
+    const { final } = await haggle.ask(number, infoData(lab.unknownName()));
     assertType(final, [ERR_UNKNOWN]);
     await haggle.goesOn();
   }),
   should('C1', `${what} of an unknown export sends no information before the error`, async (lab) => {
     const haggle = await lab.haggle();
-    const { all } = await haggle.ask(number, infoData('no such export here', ALL_INFOS));
+    const { all } = await haggle.ask(number, infoData(lab.unknownName(), ALL_INFOS));
     assert.equal(all.length, 1);
   }),
   must('C1', `${what} with a name of 4096 bytes is refused in words`, async (lab) => {
     const haggle = await lab.haggle();
-    await haggle.refused(number, infoData('n'.repeat(STRING_BYTES_MAX)));
+    await haggle.refused(number, infoData(lab.unknownName(STRING_BYTES_MAX)));
     await haggle.goesOn();
   }),
   should('C1', `${what} with a name of 4097 bytes: ERR_INVALID, ERR_UNKNOWN or ERR_TOO_BIG`, async (lab) => {
@@ -79,6 +83,7 @@ const bothCases = BOTH.flatMap(([what, number]) => [
     await haggle.goesOn();
   }),
   should('C1', `${what} with a name that is not UTF-8 or holds NUL is refused in words`, async (lab) => {
+    lab.unknownName();
     const haggle = await lab.haggle();
     for (const name of [Buffer.from([0xff, 0xfe, 0x80]), Buffer.from('a\0b')]) {
       await haggle.refused(number, Buffer.concat([u32(name.length), name, u16(0)]));
@@ -101,18 +106,19 @@ const goCases = [
   must('C1', 'GO behind INFO with the same parameters answers the same', async (lab) => {
     const haggle = await lab.haggle();
     const before = await haggle.agreed(Option.INFO, infoData(lab.name, ALL_INFOS));
-    assert.deepEqual(await haggle.agreed(Option.GO, infoData(lab.name, ALL_INFOS)), before);
+    assert.deepEqual(sorted(await haggle.agreed(Option.GO, infoData(lab.name, ALL_INFOS))), sorted(before));
   }),
   must('C1', 'GO behind INFO with structured replies answers the same', async (lab) => {
     lab.needsStructured();
     const haggle = await lab.haggle();
     await haggle.structured();
     const before = await haggle.agreed(Option.INFO, infoData(lab.name, [Info.BLOCK_SIZE]));
-    assert.deepEqual(await haggle.agreed(Option.GO, infoData(lab.name, [Info.BLOCK_SIZE])), before);
+    const after = await haggle.agreed(Option.GO, infoData(lab.name, [Info.BLOCK_SIZE]));
+    assert.deepEqual(sorted(after), sorted(before));
   }),
   must('C1', 'GO behind a refused GO is served', async (lab) => {
     const haggle = await lab.haggle();
-    await haggle.refused(Option.GO, infoData('no such export here'));
+    await haggle.refused(Option.GO, infoData(lab.unknownName()));
     const facts = await haggle.describe(Option.GO, lab.name);
     await new Transmission(haggle.wire, facts, PLAIN).goesOn();
   }),
@@ -151,7 +157,7 @@ const textCases = [
     const replies = await (await lab.haggle()).agreed(Option.INFO, infoData(lab.name, [Info.DESCRIPTION]));
     lab.needs(infoText(replies, Info.DESCRIPTION) !== null, 'INFO_DESCRIPTION');
   }),
-  must('C1', 'every information has a type and arrives once', async (lab) => {
+  should('C1', 'every information arrives once', async (lab) => {
     const replies = await (await lab.haggle()).agreed(Option.INFO, infoData(lab.name, ALL_INFOS));
     const kinds = infosOf(replies).map(({ data }) => data.readUInt16BE(0));
     assert.equal(new Set(kinds).size, kinds.length, `${kinds}`);

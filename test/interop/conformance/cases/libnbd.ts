@@ -3,7 +3,7 @@ import { strict as assert } from 'node:assert';
 import { type Case, type Lab, must, should } from '../case.js';
 
 const expects =
-  (script: string, expected: unknown, connect = true, ready?: (lab: Lab) => void): Case['run'] =>
+  (script: string, expected: unknown, connect = true, ready?: (lab: Lab) => unknown): Case['run'] =>
   async (lab) => {
     ready?.(lab);
     assert.deepEqual(await lab.python(script, connect), expected);
@@ -96,6 +96,7 @@ h.set_export_name('no such export here'); a = errno_of(h.opt_info); b = errno_of
 h.set_export_name(right); h.opt_go()${show("[a != 'OK', b != 'OK', h.get_size() > 0]")}`,
       [true, true, true],
       false,
+      (lab) => lab.unknownName(),
     ),
   ),
   must(

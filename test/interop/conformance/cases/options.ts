@@ -90,14 +90,14 @@ const generalCases = [
     const haggle = await lab.haggle();
     for (const [number, data] of [
       [UNKNOWN_OPTION, Buffer.alloc(0)],
-      [Option.INFO, infoData('no such export here')],
+      [Option.INFO, infoData(lab.unknownName())],
       [Option.INFO, Buffer.alloc(2)],
     ] as const)
       text((await haggle.refused(number, data)).data);
   }),
   should('C1', 'the text of a refusal has at most 256 bytes', async (lab) => {
     const haggle = await lab.haggle();
-    const { data } = await haggle.refused(Option.INFO, infoData('n'.repeat(200)));
+    const { data } = await haggle.refused(Option.INFO, infoData(lab.unknownName(200)));
     assert.ok(data.length <= 256, `it has ${data.length}`);
   }),
   should(
@@ -149,7 +149,7 @@ const exportNameCases = [
   }),
   must('C1', 'EXPORT_NAME with an unknown name: the session ends without an answer', async (lab) => {
     const haggle = await lab.haggle();
-    haggle.wire.send(option(Option.EXPORT_NAME, Buffer.from('no such export here')));
+    haggle.wire.send(option(Option.EXPORT_NAME, Buffer.from(lab.unknownName())));
     await ends(haggle);
   }),
   must('C1', 'EXPORT_NAME with a name of 4097 bytes: the session ends', async (lab) => {
@@ -159,7 +159,7 @@ const exportNameCases = [
   }),
   must('C1', 'EXPORT_NAME behind a refused GO is served', async (lab) => {
     const haggle = await lab.haggle(FIXED_NEWSTYLE);
-    await haggle.refused(Option.GO, infoData('no such export here'));
+    await haggle.refused(Option.GO, infoData(lab.unknownName()));
     const transmission = await exportName(haggle, lab.name, false);
     await haggle.wire.receive(ZEROES_BYTES);
     await transmission.goesOn();
@@ -221,11 +221,14 @@ const listCases = [
     await haggle.refused(Option.LIST, Buffer.from('x'), ERR_INVALID);
     await haggle.goesOn();
   }),
-  must('C1', 'LIST twice answers twice the same', async (lab) => {
+  must('C1', 'LIST a second time answers the same, or with an error', async (lab) => {
     lab.needs(lab.target.lists, 'LIST');
     const haggle = await lab.haggle();
     const first = listedOf(await haggle.agreed(Option.LIST));
-    assert.deepEqual(listedOf(await haggle.agreed(Option.LIST)), first);
+    const { all, final } = await haggle.ask(Option.LIST);
+    if (final === ACK) assert.deepEqual(listedOf(all.slice(0, -1)), first);
+    await haggle.goesOn();
+    return nameOf(final);
   }),
   must('C1', 'LIST does not end the handshake: GO follows', async (lab) => {
     const haggle = await lab.haggle();

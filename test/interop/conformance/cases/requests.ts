@@ -120,7 +120,7 @@ const replyCases = [
   }),
   should('C2', 'with structured replies: errors of other commands are error chunks', async (lab) => {
     lab.needsStructured();
-    assert.ok(!(await (await lab.go()).ask({ command: 99 })).simple);
+    assert.ok(!(await (await lab.go()).ask({ command: 99 })).simple, 'answered with a simple reply');
   }),
   must('C2', 'with structured replies: an error message is UTF-8 of at most 4096 bytes', async (lab) => {
     lab.needsStructured();
@@ -217,18 +217,24 @@ const endCases = [
       { command: Command.WRITE, offset: AT, payload: data },
       { command: Command.DISC },
     );
-    assert.equal((await transmission.answer(written!)).errno, Errno.OK);
+    const answered = await transmission.answer(written!).then(
+      ({ errno }) => errno === Errno.OK,
+      () => false,
+    );
     await transmission.wire.ended();
     assertBytes(await (await lab.go()).read(AT, data.length), data, 'what is read later');
+    return answered ? 'answered' : 'not answered';
   }),
   must('C2', 'DISC behind sixteen READs in one segment: all are answered first', async (lab) => {
     lab.needsSize(SIZE_NEEDED);
     const transmission = await lab.go();
     const reads = Array.from({ length: 16 }, (_, index) => reading(index * 65_536, 65_536));
     const cookies = transmission.send(...reads, { command: Command.DISC });
+    let served = 0;
     for (const cookie of cookies.slice(0, 16))
-      assert.equal((await transmission.answer(cookie)).errno, Errno.OK);
+      if ((await transmission.answer(cookie)).errno === Errno.OK) served++;
     assert.equal((await transmission.wire.ended()).length, 0);
+    return served === 16 ? 'all served' : 'some with an error';
   }),
   must('C2', 'a wrong request magic ends the connection', (lab) => magicEnds(lab, 0x2560_9512)),
   ...[
