@@ -37,11 +37,12 @@ function movement(volume: ServedVolume): string[] {
 }
 
 /**
- * Shows a line that changes: in place on a terminal, elsewhere as a new line whenever `intervalMs` has passed since the last one.
+ * Shows a line that changes: in place on a terminal, elsewhere as a new line when it is another one and `intervalMs` has passed.
  */
 export class LiveLine {
   private shownAt = Number.NEGATIVE_INFINITY;
   private open = false;
+  private last: string | null = null;
 
   constructor(
     private readonly out: { write(text: string): unknown; isTTY?: boolean; columns?: number },
@@ -56,7 +57,7 @@ export class LiveLine {
       this.open = true;
       return;
     }
-    if (this.now() - this.shownAt < this.intervalMs) return;
+    if (line === this.last || this.now() - this.shownAt < this.intervalMs) return;
     this.print(line);
   }
 
@@ -65,6 +66,7 @@ export class LiveLine {
     this.out.write(this.open ? `\r\u001b[2K${line}\n` : `${line}\n`);
     this.open = false;
     this.shownAt = this.now();
+    this.last = line;
   }
 
   /** Leaves the last line as it is. */

@@ -55,7 +55,7 @@ export interface VolumeService {
   /** Resolves when no change of phase is under way: what `status` says is then not about to be untrue. */
   quiet(): Promise<void>;
 
-  /** The id is durable from now on. A plain volume that was only served gets a new one each time it is opened. */
+  /** The id is durable from now on: that of a plain volume that was only served is its image file's, and goes with it. */
   remember(): Promise<void>;
   /** Source side. Refuses writes from now on, waits for those under way, makes all durable. Idempotent per generation. */
   seal(generation: number): Promise<void>;

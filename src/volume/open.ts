@@ -1,6 +1,6 @@
 /** The ways to get hold of a volume: as a plain image, new with a source, or from what an earlier process left. */
-import { randomUUID } from 'node:crypto';
-import { existsSync, readdirSync, realpathSync, rmSync } from 'node:fs';
+import { createHash, randomUUID } from 'node:crypto';
+import { existsSync, readdirSync, readFileSync, realpathSync, rmSync, statSync } from 'node:fs';
 import { basename, join, resolve } from 'node:path';
 import { isDeepStrictEqual } from 'node:util';
 import { BlockferryError } from '../errors.js';
@@ -31,10 +31,39 @@ export function defaultName(imagePath: string): string {
   return name === '' ? 'disk' : name;
 }
 
-function freshIdentity(name: string, image: Image): Identity {
+/**
+ * The id of an image nothing was stored about: the same whenever this machine serves this very file again, so that a source whose
+ * daemon was started anew is still the disk its links know. A file that took its place has another one. RFC 9562, version 8.
+ */
+function idOfImage(image: Image): string {
+  const { ino, birthtimeNs } = statSync(image.path, { bigint: true });
+  const file = image.blockDevice ? [] : [ino, birthtimeNs];
+  const digest = createHash('sha256')
+    .update(['blockferry', machineId(), image.path, ...file].join('\0'))
+    .digest();
+  digest[6] = (digest[6]! & 0x0f) | 0x80;
+  digest[8] = (digest[8]! & 0x3f) | 0x80;
+  const hex = digest.toString('hex');
+  const cuts = [0, 8, 12, 16, 20, 32];
+  return cuts
+    .slice(1)
+    .map((end, index) => hex.slice(cuts[index], end))
+    .join('-');
+}
+
+/** Source: machine-id(5). Without one, only this machine's paths tell volumes apart. */
+function machineId(): string {
+  try {
+    return readFileSync('/etc/machine-id', 'latin1').trim();
+  } catch {
+    return '';
+  }
+}
+
+function freshIdentity(name: string, image: Image, id: string): Identity {
   return {
     format: 1,
-    id: randomUUID(),
+    id,
     name,
     image: image.path,
     size: image.size,
@@ -93,7 +122,11 @@ export async function openPlain(options: {
     await refuseStale(folder, known);
     refuseOrphanedMaps(folder, image.path);
     checkSize(image.size);
-    return new Volume(new IdentityFile(folder, freshIdentity(name, image), { stored: false }), image, null);
+    return new Volume(
+      new IdentityFile(folder, freshIdentity(name, image, idOfImage(image)), { stored: false }),
+      image,
+      null,
+    );
   } catch (error) {
     image.close();
     throw error;
@@ -139,8 +172,8 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
   let presence: Presence | undefined;
   try {
     const identity: Identity = {
-      ...freshIdentity(name, image),
-      ...(arrival === null ? {} : { id: arrival.volumeId, generation: arrival.generation }),
+      ...freshIdentity(name, image, arrival?.volumeId ?? randomUUID()),
+      ...(arrival === null ? {} : { generation: arrival.generation }),
       phase: options.standby ? 'standby' : 'relocating',
       written: !options.standby,
       source: options.source,
