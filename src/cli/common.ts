@@ -1,6 +1,6 @@
 /** What several commands need: finding daemons and volumes, options in common, the way out. */
 
-import { Command, InvalidArgumentError, Option } from 'commander';
+import { Argument, Command, InvalidArgumentError, Option } from 'commander';
 import { BlockferryError } from '../errors.js';
 import type { StatusView, VolumeView } from '../host/control/api.js';
 import { ControlClient } from '../host/control/client.js';
@@ -34,6 +34,11 @@ export function stateDirOption(): Option {
     '--state-dir <folder>',
     'where state is kept (default: /var/lib/blockferry as root, else the XDG state folder)',
   );
+}
+
+/** What `findVolume` makes of no name. */
+export function volumeArgument(): Argument {
+  return new Argument('[volume]', 'volume (default: the only one, or the only one that is on its way)');
 }
 
 export function logLevelOption(): Option {
@@ -80,7 +85,7 @@ function nobody(options: FindOptions): BlockferryError {
   );
 }
 
-/** The daemon that has the volume; without a name there must be one volume only. */
+/** The daemon that has the volume; without a name it is the only volume there is, or the only one that is on its way. */
 export async function findVolume(
   name: string | undefined,
   options: FindOptions,
@@ -88,7 +93,9 @@ export async function findVolume(
   const daemons = await findDaemons(options);
   if (daemons.length === 0) throw nobody(options);
   const all = daemons.flatMap(({ client, status }) => status.volumes.map((volume) => ({ client, volume })));
-  const fitting = name === undefined ? all : all.filter(({ volume }) => volume.name === name);
+  const moving = all.filter(({ volume }) => volume.phase === 'standby' || volume.phase === 'relocating');
+  const unnamed = all.length > 1 && moving.length === 1 ? moving : all;
+  const fitting = name === undefined ? unnamed : all.filter(({ volume }) => volume.name === name);
   if (fitting.length === 1) return fitting[0];
   const known = all.map(({ volume }) => volume.name).join(', ');
   if (fitting.length === 0) {
