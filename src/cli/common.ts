@@ -2,7 +2,7 @@
 
 import { Argument, Command, InvalidArgumentError, Option } from 'commander';
 import { BlockferryError } from '../errors.js';
-import type { StatusView, VolumeView } from '../host/control/api.js';
+import type { MachineView, StatusView, VolumeView } from '../host/control/api.js';
 import { ControlClient } from '../host/control/client.js';
 import { liveControlSockets } from '../host/control/socket.js';
 import { defaultStateDir } from '../host/state-dir.js';
@@ -32,7 +32,7 @@ export function argument<Value>(parse: (text: string) => Value): (text: string) 
 export function stateDirOption(): Option {
   return new Option(
     '--state-dir <folder>',
-    'where state is kept (default: /var/lib/blockferry as root, else the XDG state folder)',
+    'where state is kept (default: $BLOCKFERRY_STATE_DIR, /var/lib/blockferry as root, else the XDG state folder)',
   );
 }
 
@@ -105,6 +105,23 @@ export async function findVolume(
   const what = name === undefined ? 'several volumes are served' : `several daemons have a volume "${name}"`;
   const how = name === undefined ? `name one of ${known}` : 'name the daemon with --control';
   throw new BlockferryError('usage', `${what}: ${how}`);
+}
+
+/** The daemon that knows the machine and from which it has not moved away. `flag` names a daemon in commands about it. */
+export async function findMachine(
+  name: string,
+  options: FindOptions,
+  flag: string,
+): Promise<{ client: ControlClient; machine: MachineView }> {
+  const daemons = await findDaemonsOrFail(options);
+  const having = daemons.flatMap(({ client, status }) =>
+    status.vms
+      .filter((vm) => vm.name === name && vm.state !== 'departed')
+      .map((machine) => ({ client, machine })),
+  );
+  if (having.length === 1) return having[0];
+  const why = having.length === 0 ? 'no daemon here has' : 'several daemons here have';
+  throw new BlockferryError('not-found', `${why} a machine "${name}": name its host with ${flag}`);
 }
 
 export async function findDaemonsOrFail(options: FindOptions): Promise<FoundDaemon[]> {
