@@ -1,8 +1,8 @@
 /** What several commands need: finding daemons and volumes, options in common, the way out. */
 
-import { Command, InvalidArgumentError, Option } from 'commander';
+import { Argument, Command, InvalidArgumentError, Option } from 'commander';
 import { BlockferryError } from '../errors.js';
-import type { StatusView, VolumeView } from '../host/control/api.js';
+import type { MachineView, StatusView, VolumeView } from '../host/control/api.js';
 import { ControlClient } from '../host/control/client.js';
 import { liveControlSockets } from '../host/control/socket.js';
 import { defaultStateDir } from '../host/state-dir.js';
@@ -32,8 +32,13 @@ export function argument<Value>(parse: (text: string) => Value): (text: string) 
 export function stateDirOption(): Option {
   return new Option(
     '--state-dir <folder>',
-    'where state is kept (default: /var/lib/blockferry as root, else the XDG state folder)',
+    'where state is kept (default: $BLOCKFERRY_STATE_DIR, /var/lib/blockferry as root, else the XDG state folder)',
   );
+}
+
+/** What `findVolume` makes of no name. */
+export function volumeArgument(): Argument {
+  return new Argument('[volume]', 'volume (default: the only one, or the only one that is on its way)');
 }
 
 export function logLevelOption(): Option {
@@ -80,7 +85,7 @@ function nobody(options: FindOptions): BlockferryError {
   );
 }
 
-/** The daemon that has the volume; without a name there must be one volume only. */
+/** The daemon that has the volume; without a name it is the only volume there is, or the only one that is on its way. */
 export async function findVolume(
   name: string | undefined,
   options: FindOptions,
@@ -88,7 +93,9 @@ export async function findVolume(
   const daemons = await findDaemons(options);
   if (daemons.length === 0) throw nobody(options);
   const all = daemons.flatMap(({ client, status }) => status.volumes.map((volume) => ({ client, volume })));
-  const fitting = name === undefined ? all : all.filter(({ volume }) => volume.name === name);
+  const moving = all.filter(({ volume }) => volume.phase === 'standby' || volume.phase === 'relocating');
+  const unnamed = all.length > 1 && moving.length === 1 ? moving : all;
+  const fitting = name === undefined ? unnamed : all.filter(({ volume }) => volume.name === name);
   if (fitting.length === 1) return fitting[0];
   const known = all.map(({ volume }) => volume.name).join(', ');
   if (fitting.length === 0) {
@@ -98,6 +105,23 @@ export async function findVolume(
   const what = name === undefined ? 'several volumes are served' : `several daemons have a volume "${name}"`;
   const how = name === undefined ? `name one of ${known}` : 'name the daemon with --control';
   throw new BlockferryError('usage', `${what}: ${how}`);
+}
+
+/** The daemon that knows the machine and from which it has not moved away. `flag` names a daemon in commands about it. */
+export async function findMachine(
+  name: string,
+  options: FindOptions,
+  flag: string,
+): Promise<{ client: ControlClient; machine: MachineView }> {
+  const daemons = await findDaemonsOrFail(options);
+  const having = daemons.flatMap(({ client, status }) =>
+    status.vms
+      .filter((vm) => vm.name === name && vm.state !== 'departed')
+      .map((machine) => ({ client, machine })),
+  );
+  if (having.length === 1) return having[0];
+  const why = having.length === 0 ? 'no daemon here has' : 'several daemons here have';
+  throw new BlockferryError('not-found', `${why} a machine "${name}": name its host with ${flag}`);
 }
 
 export async function findDaemonsOrFail(options: FindOptions): Promise<FoundDaemon[]> {

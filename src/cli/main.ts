@@ -4,6 +4,7 @@ import { Command, CommanderError, Help, type Option } from 'commander';
 import { BlockferryError, messageOf } from '../errors.js';
 import { VERSION } from '../version.js';
 import { hostCommand } from './host.js';
+import { startCommand, stopCommand } from './machine.js';
 import { migrateCommand } from './migrate.js';
 import { prefetchCommand } from './prefetch.js';
 import { proxyCommand } from './proxy.js';
@@ -27,6 +28,8 @@ function program(): Command {
     serveCommand(),
     proxyCommand(),
     hostCommand(),
+    startCommand(),
+    stopCommand(),
     migrateCommand(),
     statusCommand(),
     watchCommand(),

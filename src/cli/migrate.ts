@@ -8,7 +8,7 @@ import { Journal } from '../migration/journal.js';
 import type { MoveProgress } from '../migration/perform.js';
 import { makePlan } from '../migration/plan.js';
 import type { MoveResult } from '../migration/result.js';
-import { argument, type FindOptions, findDaemonsOrFail, printJson, stateDirOption } from './common.js';
+import { argument, findMachine, printJson, stateDirOption } from './common.js';
 import { LiveLine, progressLine } from './progress.js';
 import { formatDuration, formatSize, parseRate } from './units.js';
 
@@ -94,7 +94,9 @@ async function begin(folder: string, vm: string, options: MigrateOptions): Promi
   const { to } = options;
   if (to === undefined) throw new BlockferryError('usage', 'a new move needs --to CONTROL');
   const from =
-    options.from ?? (await hostOf(vm, options.stateDir === undefined ? {} : { stateDir: options.stateDir }));
+    options.from ??
+    (await findMachine(vm, options.stateDir === undefined ? {} : { stateDir: options.stateDir }, '--from'))
+      .client.address;
   const earlier = Journal.list(folder).find((journal) => journal.vm === vm && !journal.finished);
   if (earlier) {
     throw new BlockferryError(
@@ -112,17 +114,6 @@ async function begin(folder: string, vm: string, options: MigrateOptions): Promi
     folder,
     await makePlan(new ControlClient(controlPath(from)), new ControlClient(controlPath(to)), request),
   );
-}
-
-/** The control socket of the daemon of this state folder that runs the machine. */
-async function hostOf(vm: string, options: FindOptions): Promise<string> {
-  const daemons = await findDaemonsOrFail(options);
-  const having = daemons.filter(({ status }) =>
-    status.vms.some(({ name, state }) => name === vm && state !== 'departed'),
-  );
-  if (having.length === 1) return having[0].client.address;
-  const why = having.length === 0 ? 'no daemon here has' : 'several daemons here have';
-  throw new BlockferryError('not-found', `${why} a machine "${vm}": name its host with --from`);
 }
 
 /** As it is kept in the journal: good in any folder. */

@@ -1,7 +1,7 @@
 /** Progress as people read it. A volume is at 100 % when it is plain, and never before. */
 
 import type { ServedVolume, VolumeView } from '../host/control/api.js';
-import { formatDuration, formatRate, formatSize } from './units.js';
+import { formatLeft, formatRate, formatSize } from './units.js';
 
 /** "99.9": the share of local blocks in per cent, rounded down, 100.0 only in a phase without a source. */
 export function formatShare(volume: Pick<ServedVolume, 'phase' | 'presentBytes' | 'size'>): string {
@@ -28,7 +28,7 @@ function movement(volume: ServedVolume): string[] {
   }
   if (background.state === 'running') {
     parts.push(formatRate(background.rateBytesPerSecond));
-    if (background.etaSeconds !== null) parts.push(`${formatDuration(background.etaSeconds * 1000)} left`);
+    if (background.etaSeconds !== null) parts.push(`${formatLeft(background.etaSeconds)} left`);
   } else {
     parts.push(`background ${background.state}`);
   }

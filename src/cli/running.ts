@@ -1,9 +1,9 @@
 import type { Command } from 'commander';
-import { controlCommand, type FindOptions, findVolume } from './common.js';
+import { controlCommand, type FindOptions, findVolume, volumeArgument } from './common.js';
 
 export function pauseCommand(): Command {
   return controlCommand('pause', 'pause the background copy; reads of missing blocks go on')
-    .argument('[volume]', 'volume (default: the only one)')
+    .addArgument(volumeArgument())
     .action(async (name: string | undefined, options: FindOptions) => {
       const { client, volume } = await findVolume(name, options);
       await client.pause(volume.name);
@@ -12,7 +12,7 @@ export function pauseCommand(): Command {
 
 export function resumeCommand(): Command {
   return controlCommand('resume', 'go on with a paused background copy')
-    .argument('[volume]', 'volume (default: the only one)')
+    .addArgument(volumeArgument())
     .action(async (name: string | undefined, options: FindOptions) => {
       const { client, volume } = await findVolume(name, options);
       await client.resume(volume.name);

@@ -10,7 +10,7 @@ import {
   printJson,
 } from './common.js';
 import { formatShare } from './progress.js';
-import { formatDuration, formatRate, formatSize } from './units.js';
+import { formatLeft, formatRate, formatSize } from './units.js';
 
 export function statusCommand(): Command {
   return controlCommand('status', 'show daemons, volumes and machines')
@@ -75,7 +75,7 @@ function remark(volume: Exclude<VolumeView, { phase: 'unavailable' }>): string {
     return `source ${source.state}: ${source.error ?? source.uri}`;
   if (volume.phase !== 'relocating') return '';
   if (background.state !== 'running') return `background ${background.state}`;
-  const eta = background.etaSeconds === null ? '' : `, ${formatDuration(background.etaSeconds * 1000)} left`;
+  const eta = background.etaSeconds === null ? '' : `, ${formatLeft(background.etaSeconds)} left`;
   return `${formatRate(background.rateBytesPerSecond)}${eta}`;
 }
 

@@ -1,12 +1,12 @@
 import type { Command } from 'commander';
-import { controlCommand, type FindOptions, findVolume } from './common.js';
+import { controlCommand, type FindOptions, findVolume, volumeArgument } from './common.js';
 
 export function takeoverCommand(): Command {
   return controlCommand(
     'takeover',
     'make a standby volume the only writer; its source must not be written to any more',
   )
-    .argument('[volume]', 'volume (default: the only one)')
+    .addArgument(volumeArgument())
     .action(async (name: string | undefined, options: FindOptions) => {
       const { client, volume } = await findVolume(name, options);
       const { generation } = await client.takeover(volume.name);

@@ -66,6 +66,11 @@ export function formatRate(bytesPerSecond: number): string {
   return `${formatSize(bytesPerSecond)}/s`;
 }
 
+/** A time left, which is an estimate in whole seconds: "5 s", "3 min 20 s". */
+export function formatLeft(seconds: number): string {
+  return seconds < 60 ? `${seconds} s` : formatDuration(seconds * 1000);
+}
+
 /** "850 ms", "4.2 s", "3 min 20 s", "2 h 05 min". */
 export function formatDuration(ms: number): string {
   if (ms < 1000) return `${Math.round(ms)} ms`;

@@ -1,12 +1,12 @@
 import type { Command } from 'commander';
-import { controlCommand, type FindOptions, findVolume } from './common.js';
+import { controlCommand, type FindOptions, findVolume, volumeArgument } from './common.js';
 import { LiveLine, progressLine } from './progress.js';
 
 const POLL_MS = 500;
 
 export function watchCommand(): Command {
   return controlCommand('watch', 'show the progress of a relocation; ends with its hand-off')
-    .argument('[volume]', 'volume (default: the only one)')
+    .addArgument(volumeArgument())
     .action(async (name: string | undefined, options: FindOptions) => {
       const { client, volume } = await findVolume(name, options);
       const line = new LiveLine(process.stdout);

@@ -158,7 +158,7 @@ class RunningVolume implements VolumeService {
     const { source, handoffAt } = volume.identity.current;
     const { presentBytes, failure } = volume.store;
     const background = relocation?.background;
-    const rate = background?.rate ?? 0;
+    const rate = background?.state === 'running' ? background.rate : 0;
     const left = volume.size - presentBytes;
     const traffic = relocation?.fetcher.traffic;
     const fromSource = traffic ? traffic.demandBytes + traffic.backgroundBytes + traffic.throughBytes : 0;

@@ -1,7 +1,7 @@
 /** Where a daemon keeps what outlives it. */
 
 import { homedir } from 'node:os';
-import { join } from 'node:path';
+import { join, resolve } from 'node:path';
 
 /** Folders of ours beside the volumes' folders in the state folder: no volume may be named so. */
 export const RESERVED_NAMES: ReadonlySet<string> = new Set([
@@ -12,8 +12,10 @@ export const RESERVED_NAMES: ReadonlySet<string> = new Set([
   'run',
 ]);
 
-/** /var/lib/blockferry as root, else the user's XDG state folder. */
+/** BLOCKFERRY_STATE_DIR if it is set; else /var/lib/blockferry as root, the user's XDG state folder for others. */
 export function defaultStateDir(): string {
+  const { BLOCKFERRY_STATE_DIR: given } = process.env;
+  if (given !== undefined && given !== '') return resolve(given);
   if (process.getuid?.() === 0) return '/var/lib/blockferry';
   const xdg = process.env.XDG_STATE_HOME;
   return join(xdg?.startsWith('/') ? xdg : join(homedir(), '.local/state'), 'blockferry');
