@@ -1,8 +1,11 @@
 /** Real programs beside a test: started so that they die with it, and found missing rather than failed. */
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync } from 'node:fs';
-import { until } from './ferry.js';
+import { setTimeout as delay } from 'node:timers/promises';
+import { isAlive } from '../../src/host/control/socket.js';
+
+const START_TIMEOUT_MS = 10_000;
+const POLL_MS = 5;
 
 /** A reason to skip a test that needs these programs, or false. */
 export function lacking(...programs: string[]): string | false {
@@ -10,7 +13,7 @@ export function lacking(...programs: string[]): string | false {
   return missing.length === 0 ? false : `needs ${missing.join(', ')}`;
 }
 
-/** Starts a server and waits until its socket is there. */
+/** Starts a server and waits until its socket takes connections: the file is there a moment earlier. */
 export async function serverOn(
   socket: string,
   command: string,
@@ -20,7 +23,13 @@ export async function serverOn(
     stdio: ['ignore', 'ignore', 'inherit'],
   });
   const over = once(child, 'exit');
-  await until(() => existsSync(socket) || child.exitCode !== null, `${command} listens`);
+  const deadline = performance.now() + START_TIMEOUT_MS;
+  while (!(await isAlive(socket))) {
+    if (child.exitCode !== null) throw new Error(`${command} ended with code ${child.exitCode}`);
+    if (performance.now() > deadline)
+      throw new Error(`${command} does not listen after ${START_TIMEOUT_MS} ms`);
+    await delay(POLL_MS);
+  }
   return {
     process: child,
     async stop() {

@@ -1,10 +1,9 @@
 /** Machines for tests: the test guest's definition, and whether this machine can run it. */
 
-import { existsSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
-import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { isAlive } from '../../src/host/control/socket.js';
 import { type MachineDefinition, machineDefinitionSchema } from '../../src/hypervisor/driver.js';
 import { SupervisedProcess } from '../../src/hypervisor/process.js';
 import { QemuDriver } from '../../src/hypervisor/qemu.js';
@@ -83,7 +82,7 @@ export async function startServer(
 ): Promise<SupervisedProcess> {
   const server = await SupervisedProcess.start(program, args, { dieWithParent: true });
   const deadline = performance.now() + SERVER_START_TIMEOUT_MS;
-  while (!(await accepts(socketPath))) {
+  while (!(await isAlive(socketPath))) {
     const exit = await server.exitWithin(POLL_MS);
     if (exit !== null) throw new Error(`${program} ended with code ${exit.code}: ${exit.stderr}`);
     if (performance.now() < deadline) continue;
@@ -91,16 +90,4 @@ export async function startServer(
     throw new Error(`${program} does not listen on ${socketPath} after ${SERVER_START_TIMEOUT_MS} ms`);
   }
   return server;
-}
-
-async function accepts(path: string): Promise<boolean> {
-  if (!existsSync(path)) return false;
-  return new Promise((resolve) => {
-    const socket = connect({ path });
-    socket.once('connect', () => {
-      socket.destroy();
-      resolve(true);
-    });
-    socket.once('error', () => resolve(false));
-  });
 }

@@ -8,6 +8,7 @@ import type { TLSSocket } from 'node:tls';
 import type { Logger } from 'pino';
 import { messageOf } from '../../errors.js';
 import type { BlockDevice } from '../device.js';
+import { describeTlsError, isTlsError } from '../tls.js';
 import type { SelectedContext } from './contexts.js';
 import type { ExportDirectory } from './exports.js';
 import { Handshake, type HandshakeResult } from './handshake.js';
@@ -261,7 +262,8 @@ export class Connection {
 
   readonly #onError = (error: NodeJS.ErrnoException): void => {
     if (this.#state.kind === 'handshake')
-      this.#parameters.complain(`socket-${error.code ?? 'error'}`, error.message, this.#peer);
+      this.#parameters.complain(`socket-${error.code ?? 'error'}`, lossOf(error), this.#peer);
+    this.#socket.destroy(); // a TLS socket leaves that to us
   };
 
   #sessionFailed(error: unknown): void {
@@ -288,6 +290,10 @@ export class Connection {
     else socket.once('finish', () => socket.destroy());
     if (!socket.writableEnded) socket.end();
   }
+}
+
+function lossOf(error: Error): string {
+  return isTlsError(error) ? `TLS failed: ${describeTlsError(error)}` : error.message;
 }
 
 function peerOf(socket: net.Socket | Duplex): string {

@@ -117,7 +117,10 @@ export class Reception {
   }
 
   readonly #onEnd = (): void => this.sink.onEnd();
-  readonly #onError = (error: Error): void => this.sink.onError(error);
+  readonly #onError = (error: Error): void => {
+    this.sink.onError(error);
+    this.stream.destroy(); // a TLS socket tells of a damaged record and leaves the rest to us
+  };
   readonly #onClose = (): void => this.sink.onClose();
 }
 

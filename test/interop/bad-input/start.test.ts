@@ -43,7 +43,7 @@ describe('wrong usage ends with code 2', () => {
     [['serve', 'a', '--name', 'control'], /--name: expected a name other than/],
     [['serve', 'a', '--log-level', 'loud'], /Allowed choices/],
     [['proxy', 'disk.img', 'b'], /an NBD URI looks like nbd:\/\/HOST/],
-    [['proxy', 'ftp://h/x', 'b'], /the scheme 'ftp' is not nbd/],
+    [['proxy', 'nbds://h/x?tls-type=psk', 'b'], /'tls-type' is not known/],
     [['proxy', 'nbd+unix:///x', 'b'], /needs '\?socket=PATH'/],
     [['proxy', 'nbd://h', 'b', '--bandwidth', 'fast'], /"fast" is no size/],
     [['proxy', 'nbd://h', 'b', '--source-timeout', '0'], /write seconds/],

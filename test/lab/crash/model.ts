@@ -95,8 +95,11 @@ export class DiskModel {
     const content = kind === 'write' ? contentOf(tag, offset, length) : null;
     const range = effective(kind, offset, length, this.size);
     const change: Change = { tag, kind, content, state: 'in flight', ...range };
-    this.#open.add(change);
-    this.#volatile.add(change);
+    // A trim of no whole block changes nothing that could be in doubt.
+    if (change.length > 0) {
+      this.#open.add(change);
+      this.#volatile.add(change);
+    }
     this.#history.push(change);
     if (this.#history.length > HISTORY) this.#history.shift();
     for (const look of this.#looks) if (overlaps(change, look.offset, look.length)) look.seen.push(change);
@@ -114,9 +117,6 @@ export class DiskModel {
   /** The change failed, or its answer never came. */
   lose(change: Change): void {
     change.state = 'lost';
-    if (change.length > 0) return;
-    this.#open.delete(change);
-    this.#volatile.delete(change);
   }
 
   #mark(offset: number, length: number): void {
@@ -148,7 +148,8 @@ export class DiskModel {
 
   /** The machine died: what was not flushed may be there or not. */
   machineCrashed(): void {
-    this.#afterMachineCrash = true;
+    // What is seen next is durable as long as it was on the disk at the crash: only until all that was in doubt was looked at.
+    this.#afterMachineCrash = this.#volatile.size > 0;
     this.#durable.copy(this.#certain);
     this.#open.clear();
     for (const change of this.#volatile) {

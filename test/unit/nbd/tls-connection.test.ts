@@ -402,9 +402,14 @@ describe('a session over TLS', () => {
   });
 });
 
-/** Hands on what comes, and cuts both sides off behind the given number of bytes of one direction. */
-async function cutter(to: string, from: 'client' | 'server', bytes: number): Promise<string> {
-  const path = join(folder, `${from}-${bytes}`);
+/** Hands on what comes, and behind the given number of bytes of one direction cuts both off, or turns one bit over. */
+async function cutter(
+  to: string,
+  from: 'client' | 'server',
+  bytes: number,
+  harm: 'cut' | 'flip',
+): Promise<string> {
+  const path = join(folder, `${harm}-${from}-${bytes}`);
   const relay = net.createServer((client) => {
     const server = net.connect(to);
     let left = bytes;
@@ -415,6 +420,12 @@ async function cutter(to: string, from: 'client' | 'server', bytes: number): Pro
       source.on('error', () => {});
       source.on('close', () => sink.destroy());
       source.on('data', (chunk: Buffer) => {
+        if (harm === 'flip') {
+          if (name === from && left >= 0 && left < chunk.length) chunk[left]! ^= 1;
+          if (name === from) left -= chunk.length;
+          sink.write(chunk);
+          return;
+        }
         const kept = name === from ? chunk.subarray(0, left) : chunk;
         if (name === from) left -= kept.length;
         if (kept.length > 0) sink.write(kept);
@@ -428,25 +439,37 @@ async function cutter(to: string, from: 'client' | 'server', bytes: number): Pro
   return path;
 }
 
-describe('a connection cut off at any byte', () => {
-  for (const kind of ['x509', 'psk'] as const)
-    for (const from of ['client', 'server'] as const)
-      test(`of the ${from}, ${kind}: both sides live, the request fails`, async () => {
-        const served = await serve(kind === 'x509' ? x509() : psk());
-        const parameters = kind === 'x509' ? `tls-certificates=${pki.good}` : `tls-psk-file=${pki.keys}`;
-        const user = kind === 'psk' ? 'alice@' : '';
-        for (let bytes = 1; bytes < 4000; bytes += 1 + ((bytes * 7) >> 5)) {
-          const path = await cutter(served.path, from, bytes);
-          const uri = `nbds+unix://${user}/disk?socket=${path}&${parameters}`;
-          const reading = async (): Promise<void> => {
-            const client = await NbdClient.connect(uri);
-            const into = Buffer.alloc(1 << 20);
-            await Promise.all(Array.from({ length: 400 }, () => client.read(0, 16384, into)));
-          };
-          await assert.rejects(reading(), (error) => error instanceof BlockferryError);
-        }
-        await alive(served, parameters, user);
-      });
+/** Said in clear text: flags and STARTTLS; the greeting and the ACK. */
+const CLEAR_BYTES = { client: 4 + 16, server: GREETING_BYTES + ACK_BYTES };
+
+describe('a connection harmed at any byte', () => {
+  for (const [kind, from, harm] of [
+    ['x509', 'client', 'cut'],
+    ['x509', 'server', 'cut'],
+    ['psk', 'client', 'cut'],
+    ['psk', 'server', 'cut'],
+    ['x509', 'client', 'flip'],
+    ['x509', 'server', 'flip'],
+  ] as const)
+    test(`${kind}, ${harm} in what the ${from} says: both sides live, the request fails`, async () => {
+      const served = await serve(kind === 'x509' ? x509() : psk(), 500);
+      const parameters = kind === 'x509' ? `tls-certificates=${pki.good}` : `tls-psk-file=${pki.keys}`;
+      const user = kind === 'psk' ? 'alice@' : '';
+      // A flipped bit before TLS may do no harm.
+      const first = harm === 'cut' ? 1 : CLEAR_BYTES[from];
+      for (let bytes = first; bytes < 4000; bytes += 1 + ((bytes * 7) >> 5)) {
+        const path = await cutter(served.path, from, bytes, harm);
+        const uri = `nbds+unix://${user}/disk?socket=${path}&${parameters}`;
+        const reading = async (): Promise<void> => {
+          const client = await NbdClient.connect(uri, { handshakeTimeoutMs: 500 });
+          const into = Buffer.alloc(1 << 20);
+          await Promise.all(Array.from({ length: 400 }, () => client.read(0, 16384, into)));
+        };
+        await assert.rejects(reading(), (error) => error instanceof BlockferryError);
+      }
+      await alive(served, parameters, user);
+      await until(() => served.listener.connections('disk') === 0);
+    });
 });
 
 test('a listener whose credentials are of no use does not listen', async () => {
