@@ -84,7 +84,8 @@ async function linkState(control: ControlClient): Promise<string | undefined> {
   return view.phase === 'unavailable' ? view.error : view.source?.state;
 }
 
-describe('a source', () => {
+// They wait more than they work.
+describe('a source', { concurrency: 3 }, () => {
   test('that is down when a proxy is new: refused, and nothing is made', () =>
     inFolder(async (folder) => {
       const image = join(folder, 'disk.img');

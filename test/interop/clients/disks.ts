@@ -23,6 +23,13 @@ export type State = 'serve' | 'on demand' | 'relocating' | 'handed off';
 export const STATES: readonly State[] = ['serve', 'relocating', 'handed off'];
 export const TRANSPORTS = ['unix', 'TCP'] as const;
 
+/** How a proxy is started so that it stays in a state for as long as a test needs. */
+const SPEED: Record<Exclude<State, 'serve'>, string[]> = {
+  'on demand': ['--no-background'],
+  relocating: ['--bandwidth', '512K/s'],
+  'handed off': [],
+};
+
 /** Different in every 4 bytes, depending on `seed`. */
 export function pattern(length: number, seed: number): Buffer {
   const words = new Uint32Array(Math.ceil(length / 4));
@@ -54,55 +61,45 @@ export class Disk {
     readonly control: ControlClient,
   ) {}
 
-  /** `blockferry WORDS...` for a disk in that state. */
-  static async start(
-    state: State,
-    options: { words?: string[]; sourceWords?: string[] } = {},
-  ): Promise<Disk> {
+  /** A disk in that state; `words` go to its daemon. */
+  static async start(state: State, words: readonly string[] = []): Promise<Disk> {
     const folder = mkdtempSync(join(tmpdir(), 'blockferry-disk-'));
+    const started: DaemonProcess[] = [];
+    try {
+      return await Disk.#start(folder, state, words, started);
+    } catch (error) {
+      for (const daemon of started) daemon.kill();
+      rmSync(folder, { recursive: true, force: true });
+      throw error;
+    }
+  }
+
+  static async #start(
+    folder: string,
+    state: State,
+    more: readonly string[],
+    started: DaemonProcess[],
+  ): Promise<Disk> {
     const original = join(folder, 'original.img');
     const content = makeImage(original);
-    const listen = (name: string): string[] => ['--listen', `unix:${join(folder, `${name}.sock`)}`];
-    const common = ['--state-dir', join(folder, 'state'), '--log-level', 'warn'];
-    const tcp = ['--listen', '127.0.0.1:0'];
     const control = new ControlClient(join(folder, 'state', 'control', 'disk.sock'));
+    const start = async (name: string, ...words: string[]): Promise<DaemonProcess> => {
+      const at = ['--name', name, '--listen', `unix:${join(folder, `${name}.sock`)}`];
+      const daemon = await DaemonProcess.start([
+        ...[words[0], ...at, ...words.slice(1), '--state-dir', join(folder, 'state'), '--log-level', 'warn'],
+      ]);
+      started.push(daemon);
+      return daemon;
+    };
+    const tcp = ['--listen', '127.0.0.1:0'];
     if (state === 'serve') {
-      const words = [
-        'serve',
-        original,
-        '--name',
-        'disk',
-        ...listen('disk'),
-        ...tcp,
-        ...common,
-        ...(options.words ?? []),
-      ];
-      const daemon = await DaemonProcess.start(words);
+      const daemon = await start('disk', 'serve', original, ...more, ...tcp);
       return new Disk(folder, daemon, null, 'disk', original, content, control);
     }
     copyFileSync(original, join(folder, 'kept.img'));
-    const sourceWords = ['serve', original, '--name', 'source', ...listen('source'), ...common];
-    const source = await DaemonProcess.start([...sourceWords, ...(options.sourceWords ?? [])]);
+    const source = await start('source', 'serve', original);
     const image = join(folder, 'disk.img');
-    const speed: Record<State, string[]> = {
-      serve: [],
-      'on demand': ['--no-background'],
-      relocating: ['--bandwidth', '512K/s'],
-      'handed off': [],
-    };
-    const words = [
-      'proxy',
-      source.uris[0],
-      image,
-      ...speed[state],
-      '--name',
-      'disk',
-      ...listen('disk'),
-      ...tcp,
-      ...common,
-      ...(options.words ?? []),
-    ];
-    const daemon = await DaemonProcess.start(words);
+    const daemon = await start('disk', 'proxy', source.uris[0], image, ...SPEED[state], ...more, ...tcp);
     const disk = new Disk(folder, daemon, source, 'disk', image, content, control);
     if (state === 'handed off') await disk.handedOff();
     return disk;
@@ -170,9 +167,9 @@ export function assertSame(actual: Buffer, wanted: Buffer): void {
 export async function withDisk(
   state: State,
   scenario: (disk: Disk) => Promise<void>,
-  options: Parameters<typeof Disk.start>[1] = {},
+  words: readonly string[] = [],
 ): Promise<void> {
-  const disk = await Disk.start(state, options);
+  const disk = await Disk.start(state, words);
   try {
     await scenario(disk);
   } catch (error) {

@@ -131,7 +131,7 @@ tell([h.is_read_only(), errno_of(h.pwrite, bytearray(512), 0), errno_of(h.zero, 
         assert.deepEqual(await python(script, disk.unix), wanted);
         assertSame(readFileSync(disk.image), disk.content);
       },
-      { words: ['--read-only'] },
+      ['--read-only'],
     ));
 
   test('connections share one disk: what one writes the others read, any flush covers all', () =>

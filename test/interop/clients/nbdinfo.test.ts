@@ -147,7 +147,7 @@ test('a read-only disk says so', needs('nbdinfo'), () =>
       await tool('nbdinfo', '--is', 'read-only', disk.unix);
       assert.notEqual((await attempt(['nbdinfo', '--can', 'write', disk.unix])).code, 0);
     },
-    { words: ['--read-only'] },
+    ['--read-only'],
   ),
 );
 

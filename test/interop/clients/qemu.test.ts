@@ -161,7 +161,7 @@ test('the client of a read-only disk is told so', needs('qemu-io'), () =>
       assert.match(stderr, /Permission denied/);
       assert.doesNotMatch(await qemuIo(disk.unix, ['read 0 1M'], '-r'), /fail/);
     },
-    { words: ['--read-only'] },
+    ['--read-only'],
   ),
 );
 
@@ -181,6 +181,6 @@ test('QEMU opens a standby for writing, reads, and keeps nothing of what it read
       wanted.fill(8, MIB + 100, MIB + 10_100);
       assertSame(readFileSync(disk.image), wanted);
     },
-    { words: ['--standby'] },
+    ['--standby'],
   ),
 );
