@@ -10,7 +10,7 @@ setup_packages=(
   g++ make python3 # the native addon, the test guest
   nbdkit libnbd-bin python3-libnbd nbd-client nbd-server fio # real clients and servers to test with; libnbd-bin has nbdfuse
   busybox-static e2fsprogs cpio binutils # the test guest
-  iproute2 iperf3 iputils-ping socat util-linux
+  iproute2 iperf3 iputils-ping socat util-linux openssl
 )
 setup_qemu_packages=(qemu-system-x86 qemu-utils)
 setup_apt_options=(-y -q --no-install-recommends -o DPkg::Lock::Timeout=300)
