@@ -27,7 +27,7 @@ interface World {
 }
 
 const PACKAGES =
-  'g++ make python3 nbdkit libnbd-bin python3-libnbd nbd-client nbd-server fio busybox-static e2fsprogs cpio binutils iproute2 iperf3 iputils-ping socat util-linux'.split(
+  'g++ make python3 nbdkit libnbd-bin python3-libnbd nbd-client nbd-server fio busybox-static e2fsprogs cpio binutils iproute2 iperf3 iputils-ping socat util-linux openssl'.split(
     ' ',
   );
 const KNOWN = [...PACKAGES, 'qemu-system-x86', 'qemu-utils', 'linux-image-cloud-amd64'];
