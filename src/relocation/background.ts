@@ -51,7 +51,6 @@ export interface BackgroundOptions {
 export class Background {
   #started = false;
   #paused = false;
-  #stopped = false;
   /** What failed last. */
   #error: string | null = null;
   /** Nothing is copied until #retryTimer fires. */
@@ -113,7 +112,6 @@ export class Background {
   start(): void {
     if (!this.#started) this.#rateBeganMs = performance.now();
     this.#started = true;
-    this.#stopped = false;
     this.#creditAtMs = performance.now();
     this.#pump();
   }
@@ -131,12 +129,6 @@ export class Background {
     clearTimeout(this.#creditTimer);
     this.#creditTimer = undefined;
     for (const { resolve } of this.#wanted.splice(0)) resolve?.();
-  }
-
-  /** For good. */
-  close(): void {
-    this.stop();
-    this.#stopped = true;
   }
 
   pause(): void {
@@ -180,7 +172,7 @@ export class Background {
   }
 
   #pump(): void {
-    if (!this.#started || this.#stopped || this.store.presence === null) return;
+    if (!this.#started || this.store.presence === null) return;
     for (;;) {
       const bulk = BULK_BLOCKS * BLOCK_BYTES;
       if (this.#inFlightBytes > 0 && this.#inFlightBytes + bulk > this.#allowance()) return;

@@ -106,7 +106,7 @@ export class Relocation {
       this.#over = true;
       this.#handOffError = null;
       this.volume.store.supplier = null;
-      this.background.close();
+      this.background.stop();
       this.options.log.info(
         { volume: this.volume.name },
         'handed off: every block is local, the source is let go',
@@ -164,7 +164,7 @@ export class Relocation {
     if (this.#over) return;
     this.#over = true;
     clearTimeout(this.#handOffTimer);
-    this.background.close();
+    this.background.stop();
     await this.link.close();
     this.#failHandOff(
       new BlockferryError('closed', `volume ${this.volume.name} was closed before its hand-off`),

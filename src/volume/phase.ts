@@ -1,6 +1,6 @@
 /**
  * Phases of a volume (design, section 5) and the ways between them. Every change of phase is one durable replacement of
- * volume.json; what a phase allows is read off here and nowhere else.
+ * volume.json. What the guest's writes meet in each phase is the gate of volume.ts.
  */
 
 export const PHASES = ['plain', 'standby', 'relocating', 'sealed', 'retired'] as const;
@@ -24,11 +24,6 @@ export function allows(phase: Phase, transition: Transition): boolean {
 /** Phases in which some blocks may still be at the source, so that maps exist. */
 export function hasMaps(phase: Phase): boolean {
   return phase === 'standby' || phase === 'relocating';
-}
-
-/** Phases in which the guest may write. */
-export function guestWrites(phase: Phase): boolean {
-  return phase === 'plain' || phase === 'relocating';
 }
 
 /** Phases in which the guest may read. */
