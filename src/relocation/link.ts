@@ -28,6 +28,9 @@ const LANE_BYTES_MAX = 32 << 20;
 /** A source timeout shorter than this does not shorten `requestTimeoutMs` any further: a slow disk is not a lost one. */
 const REQUEST_TIMEOUT_MS_MIN = 1_000;
 
+/** How long a source may take to hang up after our goodbye: one that hangs must not hold up the end of a daemon. */
+const GOODBYE_MS = 1_000;
+
 export interface LinkTiming {
   /** Between attempts to connect, doubled from one to the next. */
   readonly backoffMsMin: number;
@@ -352,7 +355,11 @@ export class Link {
       if (client.inFlight > 0) client.destroy(closedError());
       else void client.close();
     }
+    const patience = setTimeout(() => {
+      for (const client of this.#alive) client.destroy(closedError());
+    }, GOODBYE_MS);
     await Promise.all(this.#loops);
+    clearTimeout(patience);
   }
 }
 
