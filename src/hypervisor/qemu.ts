@@ -136,6 +136,9 @@ function serialSocketPath(folder: string): string {
   return join(folder, 'serial.sock');
 }
 
+/** How a connect fails while the socket is not there, not listening yet, or listening with its short queue (of one) full. */
+const NOT_YET: ReadonlySet<string> = new Set(['ENOENT', 'ECONNREFUSED', 'EAGAIN']);
+
 /** QEMU listens early and greets when its machine is built, which includes a first connection to every disk. */
 async function connectWhenReady(
   definition: MachineDefinition,
@@ -149,7 +152,7 @@ async function connectWhenReady(
       return await QmpClient.connect(path, left);
     } catch (error) {
       const code = ((error as Error).cause as NodeJS.ErrnoException | undefined)?.code;
-      const notYet = code === 'ENOENT' || code === 'ECONNREFUSED';
+      const notYet = code !== undefined && NOT_YET.has(code);
       const exit = await child.exitWithin(notYet ? CONNECT_RETRY_MS : 2 * CONNECT_RETRY_MS);
       if (exit !== null) {
         const why = `QEMU of machine ${definition.name} did not start, it ${describeExit(exit)}`;
