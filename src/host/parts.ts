@@ -57,6 +57,7 @@ export class ExportTable implements ExportDirectory {
       contexts: device.contexts,
       preferredBlock: device.preferredBlock,
       multiConn: device.multiConn,
+      fastZero: device.fastZero ?? false,
       tlsOnly,
       open: () => device,
     });

@@ -12,6 +12,7 @@ export class GuestDevice implements BlockDevice {
   readonly size: number;
   readonly readOnly: boolean;
   readonly multiConn = true;
+  readonly fastZero = true;
   readonly preferredBlock = BLOCK_BYTES;
   readonly contexts = CONTEXTS;
   readonly #store: BlockStore;
@@ -24,6 +25,10 @@ export class GuestDevice implements BlockDevice {
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     return this.volume.readable ? this.#store.readNow(offset, length, buffer, at) : Errno.EPERM;
+  }
+
+  zeroesNow(offset: number, length: number): number {
+    return this.volume.readable ? this.#store.zeroesNow(offset, length) : 0;
   }
 
   writeNow(offset: number, length: number, buffer: Buffer, at: number): number {
@@ -82,6 +87,10 @@ export class LinkDevice implements BlockDevice {
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     return this.volume.closed ? Errno.ESHUTDOWN : this.#store.readNow(offset, length, buffer, at);
+  }
+
+  zeroesNow(offset: number, length: number): number {
+    return this.volume.closed ? 0 : this.#store.zeroesNow(offset, length);
   }
 
   writeNow(): number {

@@ -12,6 +12,7 @@
  *   write again, then another, never finds the first one on top.
  */
 import { type BlockferryError, errnoOf } from '../errors.js';
+import * as native from '../native/index.js';
 import { CommandFlag, Errno } from '../nbd/constants.js';
 import { type IoRequest, LATER, type StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from './blocks.js';
@@ -19,6 +20,7 @@ import { Committer } from './committer.js';
 import { reportExtents } from './extents.js';
 import { errnoOfSystem, type Image, WOULD_WAIT } from './image.js';
 import { Parking } from './parking.js';
+import { inPieces } from './pieces.js';
 import type { Presence } from './presence.js';
 import { type RangeLock, RangeLocks } from './range-locks.js';
 
@@ -104,6 +106,14 @@ export class BlockStore {
     return done === WOULD_WAIT ? LATER : errnoOfSystem(done);
   }
 
+  /** See BlockDevice. Nothing while a thread changes the image: the question would wait for it. */
+  zeroesNow(offset: number, length: number): number {
+    if (this.#locks.size > 0) return 0;
+    const { presence } = this;
+    if (presence !== null && !presence.hasAll(blockAt(offset), blocksOf(offset + length))) return 0;
+    return this.image.holeFrom(offset, offset + length);
+  }
+
   read(request: IoRequest): void {
     const { offset, length } = request;
     const first = blockAt(offset);
@@ -150,6 +160,14 @@ export class BlockStore {
   }
 
   zero(request: IoRequest): void {
+    if (
+      (request.flags & CommandFlag.FAST_ZERO) !== 0 &&
+      this.#gate.kind !== 'refused' &&
+      this.#isSlowZero(request)
+    ) {
+      request.complete(Errno.ENOTSUP);
+      return;
+    }
     if (!this.#mayChange(request, request.offset, request.length, this.#retryZero)) return;
     void this.#zeroOnThread(request);
   }
@@ -159,9 +177,36 @@ export class BlockStore {
     const first = blockAt(offset);
     const end = blocksOf(offset + length);
     const lock = this.#locks.lock(first, end);
-    const done = await this.image.zero(offset, length, (flags & CommandFlag.NO_HOLE) === 0);
+    const keepHole = (flags & CommandFlag.NO_HOLE) === 0;
+    let fast = (flags & CommandFlag.FAST_ZERO) !== 0;
+    let slow = false;
+    const done = await this.#inPieces(request, offset, length, async (at, bytes) => {
+      if (!fast) return this.image.zero(at, bytes, keepHole);
+      const result = await this.image.zeroFast(at, bytes, keepHole);
+      fast = false; // the image can: what is left is its own choice
+      slow = result === false;
+      return result === false ? -native.ERRNO.EOPNOTSUPP : result;
+    });
     this.#unlock(lock, done === 0);
-    this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
+    if (slow) request.complete(Errno.ENOTSUP);
+    else this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
+  }
+
+  /** Whether to zero the range is known to take as long as to write it, or to need the source. */
+  #isSlowZero({ offset, length, flags }: IoRequest): boolean {
+    if (!this.image.mayZeroFast((flags & CommandFlag.NO_HOLE) === 0)) return true;
+    return this.presence !== null && this.#missingEdge(offset, length) !== NO_BLOCK;
+  }
+
+  /** A change of the image by a thread, which holds a lock. It stops early when nobody wants it, or nobody may change anything any more. */
+  #inPieces(
+    request: IoRequest,
+    offset: number,
+    length: number,
+    step: (offset: number, length: number) => Promise<number>,
+  ): Promise<number> {
+    const goesOn = () => !request.abandoned && this.#gate.kind !== 'refused';
+    return inPieces(offset, length, step, goesOn, -native.ERRNO.EPERM);
   }
 
   trim(request: IoRequest): void {
@@ -185,9 +230,16 @@ export class BlockStore {
 
   async #trimOnThread(request: IoRequest, first: number, end: number): Promise<void> {
     const lock = this.#locks.lock(first, end);
-    const done = await this.image.punch(first * BLOCK_BYTES, bytesOfBlocks(first, end, this.image.size));
-    this.#unlock(lock, done === 0);
-    this.#answerChange(request, done === false || done === 0 ? Errno.OK : errnoOfSystem(done));
+    let punched = true;
+    const bytes = bytesOfBlocks(first, end, this.image.size);
+    const done = await this.#inPieces(request, first * BLOCK_BYTES, bytes, async (at, piece) => {
+      if (!punched) return 0;
+      const result = await this.image.punch(at, piece);
+      punched = result !== false;
+      return result === false ? 0 : result;
+    });
+    this.#unlock(lock, done === 0 && punched);
+    this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
   }
 
   /** Whether a change may go ahead at this moment; if not, it was answered, or waits and is tried again. */

@@ -10,7 +10,7 @@
 
 import type { Socket } from 'node:net';
 import { BlockferryError, messageOf } from '../../errors.js';
-import { encodeOption, type ListedExport, protocolError } from '../codec/client.js';
+import { encodeOption, encodeStatusFilter, type ListedExport, protocolError } from '../codec/client.js';
 import {
   Command,
   CommandFlag,
@@ -27,13 +27,13 @@ import {
   openConnection,
   type Receiver,
 } from './connect.js';
-import type { ExportInfo } from './handshake.js';
+import type { ExportInfo } from './export-info.js';
 import { ReplyReader } from './reply-reader.js';
 import { CLIENT_REQUESTS_MAX, type Extent, type PendingRequest, RequestTable } from './requests.js';
 import { RequestSender } from './sender.js';
 
 export type { ListedExport } from '../codec/client.js';
-export type { ExportInfo } from './handshake.js';
+export type { ExportInfo } from './export-info.js';
 export { type Extent, NbdReplyError } from './requests.js';
 
 /** How long `close` waits for answers, and then for the server to hang up, before it cuts the connection. */
@@ -49,6 +49,8 @@ export interface NbdClientOptions extends ConnectLimits {
   readonly contexts?: readonly string[];
   /** Fail ('source-io') rather than connect without structured replies. */
   readonly requireStructured?: boolean;
+  /** Ask for extended headers, which take requests longer than 4 GiB; `info.extended` says whether the server has them. Default: true. */
+  readonly extendedHeaders?: boolean;
   /**
    * A request unanswered for so long, while nothing else came either, ends the connection ('timeout'): many long requests on a slow
    * connection are no fault. One request may be overtaken by others for OVERTAKEN_MAX times as long. Default: none. Exact to an eighth.
@@ -64,6 +66,16 @@ export interface WriteOptions {
 export interface ZeroOptions extends WriteOptions {
   /** The range stays allocated. */
   readonly noHole?: boolean;
+  /**
+   * Fail at once ('source-io', with an NbdReplyError of errno ENOTSUP), and change nothing, unless it takes less time than to write the
+   * zeroes. Only where the server offers it (TransmissionFlag.SEND_FAST_ZERO), else 'usage'.
+   */
+  readonly fast?: boolean;
+}
+
+export interface ReadOptions {
+  /** The server must send the range in one piece; it may fail what is longer than 64 KiB with EOVERFLOW. */
+  readonly dontFragment?: boolean;
 }
 
 /**
@@ -85,6 +97,10 @@ export class NbdClient implements Receiver {
   readonly #reader: ReplyReader;
   readonly #sender: RequestSender;
   readonly #alignment: number;
+  /** Longest request without payload, bytes. */
+  readonly #lengthMax: number;
+  /** BLOCK_STATUS can ask for one of several contexts. */
+  readonly #filters: boolean;
   #state: 'open' | 'draining' | 'closed' = 'open';
   /** What `closed` will say after an orderly end. */
   #drainReason: BlockferryError | null = null;
@@ -105,10 +121,15 @@ export class NbdClient implements Receiver {
     this.#socket = connection.socket;
     this.#peer = connection.peer;
     this.#alignment = info.blockSize?.minimum ?? 1;
-    this.#sender = new RequestSender(connection.socket);
+    this.#sender = new RequestSender(connection.socket, info.extended);
+    this.#lengthMax = info.extended ? info.size : U32_MAX;
+    this.#filters = (info.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD) !== 0 && info.contexts.size > 1;
+    const contexts = [...info.contexts];
     this.#reader = new ReplyReader(this.#table, {
       structured: info.structured,
+      extended: info.extended,
       contextIds: new Set(info.contexts.values()),
+      narrowContextIds: new Set(contexts.filter(([name]) => name.startsWith('base:')).map(([, id]) => id)),
       size: info.size,
     });
     this.#table.onIdle = () => this.#idle();
@@ -137,6 +158,7 @@ export class NbdClient implements Receiver {
         exportName: parsed.exportName,
         contexts: options.contexts ?? [],
         requireStructured: options.requireStructured ?? false,
+        extended: options.extendedHeaders ?? true,
       },
       options,
     );
@@ -159,15 +181,20 @@ export class NbdClient implements Receiver {
   }
 
   /** Fills buffer[at, at + length) with the export's bytes from `offset` on. When it fails that range is undefined. */
-  read(offset: number, length: number, buffer: Buffer, at = 0): Promise<void> {
-    const wrong = this.#check(offset, length) ?? this.#checkPayload(length, buffer, at);
+  read(offset: number, length: number, buffer: Buffer, at = 0, options?: ReadOptions): Promise<void> {
+    const whole = options?.dontFragment === true;
+    const wrong =
+      this.#check(offset, length) ??
+      this.#checkPayload(length, buffer, at) ??
+      (whole ? this.#lacks(TransmissionFlag.SEND_DF, 'DF') : null);
     if (wrong !== null) return Promise.reject(wrong);
     if (length === 0) return Promise.resolve();
     const request = this.#table.take();
     if (request === null) return Promise.reject(tooMany());
     request.buffer = buffer;
     request.at = at;
-    return this.#send(request, Command.READ, 0, offset, length) as Promise<unknown> as Promise<void>;
+    const flags = whole ? CommandFlag.DF : 0;
+    return this.#send(request, Command.READ, flags, offset, length) as Promise<unknown> as Promise<void>;
   }
 
   /** Writes buffer[at, at + length), which must be left alone until this is settled. */
@@ -177,7 +204,8 @@ export class NbdClient implements Receiver {
     if (length === 0) return Promise.resolve();
     const request = this.#table.take();
     if (request === null) return Promise.reject(tooMany());
-    const flags = options?.fua === true ? CommandFlag.FUA : 0;
+    const flags =
+      (options?.fua === true ? CommandFlag.FUA : 0) | (this.info.extended ? CommandFlag.PAYLOAD_LEN : 0);
     const promise = this.#send(request, Command.WRITE, flags, offset, length);
     this.#sender.payload(buffer.subarray(at, at + length));
     return promise as Promise<unknown> as Promise<void>;
@@ -189,24 +217,27 @@ export class NbdClient implements Receiver {
     return this.#command(wrong, Command.FLUSH, 0, 0, 0);
   }
 
-  /** The content of the range is of no use any more. `length` < 2^32. */
+  /** The content of the range is of no use any more. `length` < 2^32, unless `info.extended`; so below. */
   trim(offset: number, length: number, options?: WriteOptions): Promise<void> {
     const wrong =
       this.#checkChange(offset, length, options) ?? this.#lacks(TransmissionFlag.SEND_TRIM, 'TRIM');
     return this.#command(wrong, Command.TRIM, options?.fua === true ? CommandFlag.FUA : 0, offset, length);
   }
 
-  /** The range reads as zeroes afterwards. `length` < 2^32. */
+  /** The range reads as zeroes afterwards. */
   zero(offset: number, length: number, options?: ZeroOptions): Promise<void> {
     const wrong =
       this.#checkChange(offset, length, options) ??
-      this.#lacks(TransmissionFlag.SEND_WRITE_ZEROES, 'WRITE_ZEROES');
+      this.#lacks(TransmissionFlag.SEND_WRITE_ZEROES, 'WRITE_ZEROES') ??
+      (options?.fast === true ? this.#lacks(TransmissionFlag.SEND_FAST_ZERO, 'FAST_ZERO') : null);
     const flags =
-      (options?.fua === true ? CommandFlag.FUA : 0) | (options?.noHole === true ? CommandFlag.NO_HOLE : 0);
+      (options?.fua === true ? CommandFlag.FUA : 0) |
+      (options?.noHole === true ? CommandFlag.NO_HOLE : 0) |
+      (options?.fast === true ? CommandFlag.FAST_ZERO : 0);
     return this.#command(wrong, Command.WRITE_ZEROES, flags, offset, length);
   }
 
-  /** Asks the server to have the range at hand. `length` < 2^32. */
+  /** Asks the server to have the range at hand. */
   cache(offset: number, length: number): Promise<void> {
     const wrong = this.#check(offset, length) ?? this.#lacks(TransmissionFlag.SEND_CACHE, 'CACHE');
     return this.#command(wrong, Command.CACHE, 0, offset, length);
@@ -215,7 +246,7 @@ export class NbdClient implements Receiver {
   /**
    * Status of the range in a context of `info.contexts`: extents that follow one another from `offset` on, at least one,
    * neighbours differ. They may end before the range does (ask again from there), or reach beyond it, but not beyond the
-   * export. `one`: a single extent, within the range. `length` is in 1..2^32-1.
+   * export. `one`: a single extent, within the range. `length` is at least 1.
    */
   async blockStatus(
     context: string,
@@ -237,7 +268,19 @@ export class NbdClient implements Receiver {
     if (request === null) throw tooMany();
     request.contextId = contextId;
     const flags = options?.one === true ? CommandFlag.REQ_ONE : 0;
-    return (await this.#send(request, Command.BLOCK_STATUS, flags, offset, length)) ?? [];
+    if (!this.#filters) return (await this.#send(request, Command.BLOCK_STATUS, flags, offset, length)) ?? [];
+    request.filtered = true;
+    const filter = encodeStatusFilter(length, contextId);
+    const promise = this.#send(
+      request,
+      Command.BLOCK_STATUS,
+      flags | CommandFlag.PAYLOAD_LEN,
+      offset,
+      length,
+      filter.length,
+    );
+    this.#sender.payload(filter);
+    return (await promise) ?? [];
   }
 
   /**
@@ -300,22 +343,30 @@ export class NbdClient implements Receiver {
     flags: number,
     offset: number,
     length: number,
+    /** What the header says, if not the bytes that it is about. */
+    wireLength = length,
   ): Promise<Extent[] | undefined> {
     request.command = command;
     request.flags = flags;
     request.offset = offset;
     request.length = length;
     if (this.#sweep !== null) request.startedAtMs = performance.now();
-    this.#sender.request(flags, command, request.generation, request.index, offset, length);
+    this.#sender.request(flags, command, request.generation, request.index, offset, wireLength);
     return this.#table.promiseOf(request);
   }
 
   #check(offset: number, length: number): BlockferryError | null {
     if (this.#refusal !== null) return this.#refusal;
-    if (!isCount(offset) || !isCount(length) || length > U32_MAX || length > this.info.size - offset) {
+    if (!isCount(offset) || !isCount(length) || length > this.info.size - offset) {
       return new BlockferryError(
         'bounds',
         `${length} bytes at ${offset} are not inside an export of ${this.info.size}`,
+      );
+    }
+    if (length > this.#lengthMax) {
+      return new BlockferryError(
+        'bounds',
+        `${length} bytes in one request, of ${this.#lengthMax} at most: split it`,
       );
     }
     if (this.#alignment > 1 && (offset % this.#alignment !== 0 || length % this.#alignment !== 0)) {

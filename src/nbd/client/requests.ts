@@ -58,11 +58,15 @@ export class PendingRequest {
 
   /** BLOCK_STATUS: the context that was asked for, and what it says; ids of all contexts that answered. */
   contextId = 0;
+  /** No other context was asked for. */
+  filtered = false;
   extents: Extent[] | null = null;
   contextsAnswered: Set<number> | null = null;
 
   /** A chunk of the answer has arrived. */
   begun = false;
+  /** READ: a chunk with a part of the content has arrived. */
+  hasContent = false;
   /** The first error of the answer, 0 for none. */
   errno: number = Errno.OK;
   errorMessage = '';
@@ -76,7 +80,9 @@ export class PendingRequest {
     this.buffer = null;
     this.extents = null;
     this.contextsAnswered = null;
+    this.filtered = false;
     this.begun = false;
+    this.hasContent = false;
     this.errno = Errno.OK;
     this.errorMessage = '';
     this.coverage.clear();

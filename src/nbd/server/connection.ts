@@ -28,6 +28,8 @@ export interface SessionParameters {
   /** Released by the session when it is over. */
   device: BlockDevice;
   structured: boolean;
+  /** Extended headers were agreed on, and with them structured replies. Default: false. */
+  extended?: boolean;
   contexts: readonly SelectedContext[];
   /** The first bytes of transmission, which came together with the end of the handshake. */
   rest: Buffer;
@@ -209,7 +211,7 @@ export class Connection {
   }
 
   #startSession(result: Extract<HandshakeResult, { kind: 'transmission' }>): void {
-    const { entry, device, structured, contexts, rest } = result;
+    const { entry, device, structured, extended, contexts, rest } = result;
     const { log, startSession } = this.#parameters;
     clearTimeout(this.#deadline);
     this.#stopReading();
@@ -218,6 +220,7 @@ export class Connection {
       session = startSession(this.#socket, {
         device,
         structured,
+        extended,
         contexts,
         rest,
         log: log.child({

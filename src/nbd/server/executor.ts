@@ -5,7 +5,14 @@
  */
 
 import type { Logger } from 'pino';
-import { Command, CommandFlag, Errno, IN_FLIGHT_BYTES_MAX, IN_FLIGHT_REQUESTS_MAX } from '../constants.js';
+import {
+  Command,
+  CommandFlag,
+  Errno,
+  IN_FLIGHT_BYTES_MAX,
+  IN_FLIGHT_REQUESTS_MAX,
+  type ReplyForm,
+} from '../constants.js';
 import { type BlockDevice, LATER } from '../device.js';
 import type { SelectedContext } from './contexts.js';
 import type { RequestHead } from './head.js';
@@ -17,6 +24,8 @@ import { failureOf } from './validate.js';
 
 /** Longer READs get a slab of their own from the start, so that they do not leave the ends of output slabs unused. */
 const SHARED_READ_BYTES_MAX = 128 << 10;
+/** Zeros of so many bytes are worth a question to the device, and a chunk of their own. */
+export const HOLE_READ_BYTES_MIN = 64 << 10;
 /** Request objects kept for reuse. */
 const SPARE_REQUESTS_MAX = 256;
 
@@ -29,6 +38,10 @@ export class Executor implements RequestOwner {
   abandoned = false;
   silent = false;
 
+  readonly extended: boolean;
+  /** Zeros at the beginning of a long READ are left out. */
+  readonly #finds: boolean;
+
   /** A READ's data is being put where the next answer would go: requests completed meanwhile are answered behind it. */
   #reading = false;
   readonly #deferred: Request[] = [];
@@ -38,13 +51,16 @@ export class Executor implements RequestOwner {
   constructor(
     readonly pool: SlabPool,
     private readonly device: BlockDevice,
-    private readonly contexts: readonly SelectedContext[],
+    form: ReplyForm,
     private readonly output: Output,
     private readonly replies: Replies,
     private readonly log: Logger,
     /** A request was completed. */
     private readonly onCompleted: () => void,
-  ) {}
+  ) {
+    this.extended = form === 'extended';
+    this.#finds = form !== 'simple' && device.zeroesNow !== undefined;
+  }
 
   /** Whether a request that needs `bytes` of memory may begin. */
   admits(bytes: number): boolean {
@@ -73,34 +89,62 @@ export class Executor implements RequestOwner {
   }
 
   read(head: RequestHead): void {
+    if (head.length === 0) this.replies.emptyRead(head);
+    else if (head.length < HOLE_READ_BYTES_MIN || !this.#finds || !this.#hole(head)) this.#readData(head);
+    if (this.#deferred.length > 0) this.#completeDeferred();
+  }
+
+  /**
+   * Answers the zeros that a READ begins with, if that is worth it, and leaves the rest of it in `head`: true if there is none. What the
+   * device says here is true until it is asked for data, or changed: both in steps of this thread, after this one.
+   */
+  #hole(head: RequestHead): boolean {
+    if ((head.flags & CommandFlag.DF) !== 0) return false;
+    const zeroes = Math.min(this.#zeroesNow(head.offset, head.length), head.length);
+    if (zeroes < HOLE_READ_BYTES_MIN) return false;
+    const whole = zeroes === head.length;
+    this.replies.hole(head, head.offset, zeroes, whole);
+    head.offset += zeroes;
+    head.length -= zeroes;
+    return whole;
+  }
+
+  #zeroesNow(offset: number, length: number): number {
+    try {
+      return this.device.zeroesNow!(offset, length);
+    } catch (error) {
+      this.#fault(error);
+      return 0;
+    }
+  }
+
+  #readData(head: RequestHead): void {
     const { offset, length } = head;
-    if (length === 0) this.replies.emptyRead(head.cookieHi, head.cookieLo);
-    else if (length > SHARED_READ_BYTES_MAX) this.#readLong(head);
+    if (length > SHARED_READ_BYTES_MAX) this.#readLong(head);
     else {
       const output = this.output;
       const headerBytes = this.replies.dataHeaderBytes;
       const at = output.reserve(headerBytes + length);
       const errno = this.#readNow(offset, length, output.buffer, at + headerBytes);
       if (errno === Errno.OK) {
-        this.replies.dataHeader(output.buffer, at, head.cookieHi, head.cookieLo, offset, length);
+        this.replies.dataHeader(output.buffer, at, head, offset, length);
         output.advance(headerBytes + length);
       } else if (errno === LATER) this.#hand(head, this.takeSlab(length));
-      else this.replies.error(head.cookieHi, head.cookieLo, failureOf(errno));
+      else this.#answer(head, errno);
     }
-    if (this.#deferred.length > 0) this.#completeDeferred();
   }
 
   #readLong(head: RequestHead): void {
-    const { cookieHi, cookieLo, offset, length } = head;
+    const { offset, length } = head;
     const slab = this.pool.take(length);
     const errno = this.#readNow(offset, length, slab.buffer, HEAD_ROOM);
-    if (errno === Errno.OK) this.replies.data(cookieHi, cookieLo, offset, length, slab);
+    if (errno === Errno.OK) this.replies.data(head, offset, length, slab);
     else if (errno === LATER) {
       this.bytes += slab.buffer.length;
       this.#hand(head, slab);
     } else {
       this.pool.give(slab);
-      this.replies.error(cookieHi, cookieLo, failureOf(errno));
+      this.#answer(head, errno);
     }
   }
 
@@ -134,10 +178,11 @@ export class Executor implements RequestOwner {
     else this.#hand(head, null);
   }
 
-  status(head: RequestHead): void {
-    const reply = { waiting: this.contexts.length, errno: Errno.OK as number };
+  /** BLOCK_STATUS in these contexts, at least one. */
+  status(head: RequestHead, contexts: readonly SelectedContext[]): void {
+    const reply = { waiting: contexts.length, errno: Errno.OK as number };
     const extentsMax = (head.flags & CommandFlag.REQ_ONE) !== 0 ? 1 : EXTENTS_MAX;
-    for (const { id, name } of this.contexts) {
+    for (const { id, name } of contexts) {
       const request = this.#begin(head, this.takeSlab(0));
       request.beginStatus(name, id, extentsMax, reply);
       this.#give(request);
@@ -154,7 +199,7 @@ export class Executor implements RequestOwner {
     this.bytes -= request.charged;
     if (request.reply !== null) this.#statusDone(request, errno);
     else if (request.command === Command.READ && errno === Errno.OK && !this.silent) {
-      this.replies.data(request.cookieHi, request.cookieLo, request.offset, request.length, request.slab!);
+      this.replies.data(request, request.offset, request.length, request.slab!);
     } else {
       if (request.slab !== null) this.pool.give(request.slab);
       if (!this.silent) this.#answer(request, errno);
@@ -186,9 +231,9 @@ export class Executor implements RequestOwner {
     if (last && !this.silent) this.#answer(request, reply.errno);
   }
 
-  #answer(to: { readonly cookieHi: number; readonly cookieLo: number }, errno: number): void {
-    if (errno === Errno.OK) this.replies.success(to.cookieHi, to.cookieLo);
-    else this.replies.error(to.cookieHi, to.cookieLo, failureOf(errno));
+  #answer(to: RequestHead | Request, errno: number): void {
+    if (errno === Errno.OK) this.replies.success(to);
+    else this.replies.error(to, failureOf(errno, to.command, to.flags));
   }
 
   #readNow(offset: number, length: number, buffer: Buffer, at: number): number {

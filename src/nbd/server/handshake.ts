@@ -69,6 +69,8 @@ export type HandshakeResult =
       device: BlockDevice;
       /** Structured replies were agreed on. */
       structured: boolean;
+      /** Extended headers were agreed on; then `structured` is true as well. */
+      extended: boolean;
       /** Metadata contexts the client selected; without `structured` none. */
       contexts: readonly SelectedContext[];
       /** NO_ZEROES was agreed on. */
@@ -101,7 +103,9 @@ type State =
   | { kind: 'over'; result: HandshakeResult };
 
 interface Agreed {
+  /** Structured replies, or extended headers. */
   structured: boolean;
+  extended: boolean;
   /** Of the last SET_META_CONTEXT, if it succeeded. It counts for that export only. */
   contexts: { entryName: string; selected: SelectedContext[] } | undefined;
 }
@@ -116,7 +120,7 @@ export class Handshake {
   /** The incomplete unit: its first `#held` bytes are there. */
   #unit = Buffer.alloc(0);
   #held = 0;
-  readonly #agreed: Agreed = { structured: false, contexts: undefined };
+  readonly #agreed: Agreed = { structured: false, extended: false, contexts: undefined };
   #noZeroes = false;
   #optionsSeen = 0;
   #namesListed = 0;
@@ -249,7 +253,8 @@ export class Handshake {
       case Option.LIST_META_CONTEXT:
       case Option.SET_META_CONTEXT:
         return this.#metaContext(option, data);
-      // EXTENDED_HEADERS belongs here once it is spoken; until then it is as unknown as any other.
+      case Option.EXTENDED_HEADERS:
+        return this.#extendedHeaders(data);
       default:
         return this.#refuseUnknown(option);
     }
@@ -290,6 +295,7 @@ export class Handshake {
   #exportName(data: Buffer, rest: Buffer): HandshakeResult {
     if (this.#exports.shuttingDown) return end('shutting-down', 'the server is shutting down');
     if (this.#tlsMissing) return end('tls-required', 'it asked for an export without TLS, which is required');
+    if (this.#agreed.extended) return end('export-name', 'EXPORT_NAME must not follow EXTENDED_HEADERS');
     const name = parseExportName(data);
     if (!name.ok) return end('export-name', name.problem);
     const entry = this.#exports.find(name.value);
@@ -332,7 +338,7 @@ export class Handshake {
   }
 
   #describe(option: number, entry: ExportEntry, { infos }: InfoRequest): undefined {
-    this.#send(encodeInfoExport(option, entry.size, transmissionFlags(entry, this.#agreed.structured)));
+    this.#send(encodeInfoExport(option, entry.size, this.#flagsOf(entry)));
     if (infos.has(Info.NAME)) this.#send(encodeInfoName(option, entry.name));
     if (infos.has(Info.DESCRIPTION) && entry.description !== '')
       this.#send(encodeInfoDescription(option, entry.description));
@@ -341,12 +347,35 @@ export class Handshake {
     return this.#ack(option);
   }
 
+  /** Transmission flags of an export for this client. */
+  #flagsOf(entry: ExportEntry): number {
+    const { structured, extended } = this.#agreed;
+    return transmissionFlags(entry, structured, extended && this.#contextsOf(entry).length > 0);
+  }
+
+  #contextsOf(entry: ExportEntry): readonly SelectedContext[] {
+    const { contexts } = this.#agreed;
+    return contexts?.entryName === entry.name ? contexts.selected : [];
+  }
+
   #structuredReply(data: Buffer): undefined {
     const option = Option.STRUCTURED_REPLY;
     if (data.length > 0)
       return this.#refuse(option, OptionReply.ERR_INVALID, 'STRUCTURED_REPLY takes no data');
+    if (this.#agreed.extended)
+      return this.#refuse(option, OptionReply.ERR_EXT_HEADER_REQD, 'extended headers are agreed on already');
     if (this.#agreed.structured) return this.#refuse(option, OptionReply.ERR_INVALID, 'agreed on already');
     this.#agreed.structured = true;
+    return this.#ack(option);
+  }
+
+  #extendedHeaders(data: Buffer): undefined {
+    const option = Option.EXTENDED_HEADERS;
+    if (data.length > 0)
+      return this.#refuse(option, OptionReply.ERR_INVALID, 'EXTENDED_HEADERS takes no data');
+    if (this.#agreed.extended) return this.#refuse(option, OptionReply.ERR_INVALID, 'agreed on already');
+    this.#agreed.structured = true;
+    this.#agreed.extended = true;
     return this.#ack(option);
   }
 
@@ -379,7 +408,8 @@ export class Handshake {
       if (
         device.size === entry.size &&
         device.readOnly === entry.readOnly &&
-        device.multiConn === entry.multiConn
+        device.multiConn === entry.multiConn &&
+        (device.fastZero === true || entry.fastZero !== true)
       )
         return device;
       device.release();
@@ -393,13 +423,14 @@ export class Handshake {
   }
 
   #transmission(entry: ExportEntry, device: BlockDevice, rest: Buffer): HandshakeResult {
-    const { structured, contexts } = this.#agreed;
+    const { structured, extended } = this.#agreed;
     return {
       kind: 'transmission',
       entry,
       device,
       structured,
-      contexts: contexts?.entryName === entry.name ? contexts.selected : [],
+      extended,
+      contexts: this.#contextsOf(entry),
       noZeroes: this.#noZeroes,
       rest,
     };
@@ -431,6 +462,7 @@ const IMPLEMENTED: ReadonlySet<number> = new Set([
   Option.STRUCTURED_REPLY,
   Option.LIST_META_CONTEXT,
   Option.SET_META_CONTEXT,
+  Option.EXTENDED_HEADERS,
 ]);
 
 function unitBytes(state: Exclude<State, { kind: 'over' | 'option-skip' }>): number {

@@ -4,7 +4,8 @@
  * Replies gather in a batch: small ones one after the other in the current slab (`reserve`, `advance`), those that
  * already lie in a slab of their own as they are (`push`). `flush` sends the batch as one gathered write. At most one
  * batch is with the socket; what comes meanwhile waits for it in the next one, so that however slowly the client reads,
- * the number of pieces queued stays small. Order between replies is free in NBD; each piece is whole.
+ * the number of pieces queued stays small. Order between replies is free in NBD, and each piece is whole; where it matters, between chunks
+ * of one reply, there is `fence`.
  *
  * Usually the kernel takes a batch at once. The stream tells (`writableLength` is 0 after the write), and its slabs are
  * reused in the same turn, still warm; otherwise when the write's callback comes.
@@ -69,6 +70,11 @@ export class Output {
     this.#at += length;
     this.#batchBytes += length;
     this.bytes += length;
+  }
+
+  /** What there is so far leaves before whatever comes next. */
+  fence(): void {
+    this.#endRun();
   }
 
   /** Adds a reply that fills [start, end) of a slab; the slab is the output's from now on. */

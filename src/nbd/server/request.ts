@@ -3,7 +3,7 @@
  * `complete` it belongs to the device, otherwise to the session.
  */
 
-import { EXTENT_BYTES } from '../codec/replies.js';
+import { EXTENDED_EXTENT_BYTES, EXTENT_BYTES, encodeExtendedExtent, encodeExtent } from '../codec/replies.js';
 import { Command } from '../constants.js';
 import type { StatusRequest } from '../device.js';
 import type { RequestHead } from './head.js';
@@ -16,6 +16,8 @@ const NOTHING = Buffer.alloc(0);
 
 export interface RequestOwner {
   readonly pool: SlabPool;
+  /** Extended headers: extents have 64-bit lengths. */
+  readonly extended: boolean;
   /** The session is gone. */
   readonly abandoned: boolean;
   completed(request: Request, errno: number): void;
@@ -32,6 +34,9 @@ export class Request implements StatusRequest {
   command = 0;
   cookieHi = 0;
   cookieLo = 0;
+  /** Of the request as it came; `offset` is where the device begins, which may be behind zeros that were answered already. */
+  offsetHi = 0;
+  offsetLo = 0;
   offset = 0;
   length = 0;
   flags = 0;
@@ -69,6 +74,8 @@ export class Request implements StatusRequest {
     this.flags = head.flags;
     this.cookieHi = head.cookieHi;
     this.cookieLo = head.cookieLo;
+    this.offsetHi = head.offsetHi;
+    this.offsetLo = head.offsetLo;
     this.offset = flush ? 0 : head.offset;
     this.length = flush ? 0 : head.length;
     this.slab = slab;
@@ -128,10 +135,12 @@ export class Request implements StatusRequest {
   }
 
   #store(): void {
-    const at = this.at + (this.extents - 1) * EXTENT_BYTES;
-    if (at + EXTENT_BYTES > this.buffer.length) this.#grow();
-    this.buffer.writeUInt32BE(this.#lastLength, at);
-    this.buffer.writeUInt32BE(this.#lastStatus >>> 0, at + 4);
+    const { extended } = this.owner;
+    const bytes = extended ? EXTENDED_EXTENT_BYTES : EXTENT_BYTES;
+    const at = this.at + (this.extents - 1) * bytes;
+    if (at + bytes > this.buffer.length) this.#grow();
+    if (extended) encodeExtendedExtent(this.buffer, at, this.#lastLength, this.#lastStatus);
+    else encodeExtent(this.buffer, at, this.#lastLength, this.#lastStatus);
   }
 
   #grow(): void {

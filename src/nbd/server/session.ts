@@ -25,6 +25,7 @@ import { RequestParser } from './parser.js';
 import { Reception, type Sink } from './reception.js';
 import { Replies } from './replies.js';
 import { SlabPool } from './slab.js';
+import { Rules } from './validate.js';
 
 /** How long the client may take to read its last answers. */
 export const FLUSH_TIMEOUT_MS = 30_000;
@@ -80,7 +81,8 @@ class TransmissionSession implements Session, Sink {
   #scheduled = false;
 
   constructor(socket: net.Socket | Duplex, parameters: SessionParameters) {
-    const { device, structured, contexts, rest, log } = parameters;
+    const { device, contexts, rest, log } = parameters;
+    const form = parameters.extended === true ? 'extended' : parameters.structured ? 'structured' : 'simple';
     this.closed = new Promise((resolve) => {
       this.#resolveClosed = resolve;
     });
@@ -88,12 +90,13 @@ class TransmissionSession implements Session, Sink {
     this.#log = log;
     this.#complain = (kind, detail) => parameters.complain?.(kind, detail);
     const { size, readOnly } = device;
-    const rules = { size, readOnly, structured, hasContexts: contexts.length > 0 };
+    const fastZero = device.fastZero ?? false;
+    const rules = new Rules({ size, readOnly, fastZero, form, hasContexts: contexts.length > 0 });
     const output = new Output(slabs, this.#turn);
-    const replies = new Replies(output, slabs, structured);
+    const replies = new Replies(output, slabs, form);
     this.#output = output;
-    this.#executor = new Executor(slabs, device, contexts, output, replies, log, this.#schedule);
-    this.#parser = new RequestParser(rules, this.#executor, replies);
+    this.#executor = new Executor(slabs, device, form, output, replies, log, this.#schedule);
+    this.#parser = new RequestParser(rules, this.#executor, replies, contexts, form === 'extended');
     this.#reception = new Reception(socket, rest, this);
     this.#reception.start();
   }
@@ -158,8 +161,10 @@ class TransmissionSession implements Session, Sink {
       this.#output.flush();
     } while (parser.stalled && this.#executor.roomy);
     this.#consuming = false;
-    if (parser.over === 'garbage') {
-      this.#complain('request-magic', 'it sent no NBD request where one was due');
+    if (parser.over === 'garbage' || parser.over === 'excess') {
+      if (parser.over === 'garbage')
+        this.#complain('request-magic', 'it sent no NBD request where one was due');
+      else this.#complain('payload-too-long', 'it announced a payload beyond the maximum');
       this.#abandon();
       return true;
     }
