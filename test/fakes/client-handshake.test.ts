@@ -4,8 +4,9 @@ import assert from 'node:assert/strict';
 import { describe, it } from 'node:test';
 import type { ErrorCode } from '../../src/errors.js';
 import { NbdClient } from '../../src/nbd/client/client.js';
+import { Option, OptionReply } from '../../src/nbd/constants.js';
 import { against, failure } from './against.js';
-import { type FakePeer, greeting, u32, u64 } from './fake-server.js';
+import { type FakePeer, greeting, optionReply } from './fake-server.js';
 
 describe('a server that misbehaves in the handshake', () => {
   const cases: [string, (peer: FakePeer) => Promise<void>, ErrorCode, RegExp][] = [
@@ -28,7 +29,7 @@ describe('a server that misbehaves in the handshake', () => {
         peer.hangUp();
       },
       'closed',
-      /before its answer to STRUCTURED_REPLY/,
+      /before its answer to EXTENDED_HEADERS/,
     ],
     [
       'hangs up on EXPORT_NAME, for it has no such export',
@@ -54,7 +55,7 @@ describe('a server that misbehaves in the handshake', () => {
         peer.send(greeting());
       },
       'timeout',
-      /answer to STRUCTURED_REPLY did not come/,
+      /answer to EXTENDED_HEADERS did not come/,
     ],
     [
       'sends its greeting drop by drop, for ever',
@@ -127,8 +128,10 @@ describe('a server that misbehaves in the handshake', () => {
       async (peer) => {
         peer.send(greeting());
         await peer.read(4);
-        await peer.readOption();
-        peer.send(Buffer.concat([u64(0x0003e889045565a9n), u32(8), u32(0x80000001), u32(0)]));
+        for (const option of [Option.EXTENDED_HEADERS, Option.STRUCTURED_REPLY]) {
+          await peer.readOption();
+          peer.send(optionReply(option, OptionReply.ERR_UNSUP));
+        }
         said = (await peer.readOption()).option;
       },
       async (uri) => {
