@@ -15,7 +15,7 @@ export interface IoRequest {
   readonly offset: number;
   /** Bytes, >= 1 (FLUSH: 0). READ and WRITE: PAYLOAD_BYTES_MAX at most; all others as long as the device. */
   readonly length: number;
-  /** Command flags (CommandFlag). */
+  /** Command flags (CommandFlag), without PAYLOAD_LEN. */
   readonly flags: number;
   /** READ: filled from `at` on; WRITE: the payload from `at` on. It belongs to the request until `complete`. */
   readonly buffer: Buffer;

@@ -4,7 +4,7 @@
  */
 
 import { EXTENDED_EXTENT_BYTES, EXTENT_BYTES, encodeExtendedExtent, encodeExtent } from '../codec/replies.js';
-import { Command } from '../constants.js';
+import { Command, CommandFlag } from '../constants.js';
 import type { StatusRequest } from '../device.js';
 import type { RequestHead } from './head.js';
 import { HEAD_ROOM, type Slab, type SlabPool } from './slab.js';
@@ -71,7 +71,7 @@ export class Request implements StatusRequest {
   begin(head: RequestHead, slab: Slab | null): void {
     const flush = head.command === Command.FLUSH; // its offset and length mean nothing
     this.command = head.command;
-    this.flags = head.flags;
+    this.flags = head.flags & ~CommandFlag.PAYLOAD_LEN;
     this.cookieHi = head.cookieHi;
     this.cookieLo = head.cookieLo;
     this.offsetHi = head.offsetHi;

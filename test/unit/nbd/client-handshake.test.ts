@@ -8,7 +8,8 @@ import { greeting, infoBlockSize, infoExport, optionReply, u16, u32, u64 } from 
 
 const { ACK, SERVER, INFO, META_CONTEXT, ERR_UNSUP, ERR_UNKNOWN, ERR_POLICY, ERR_TLS_REQD, ERR_SHUTDOWN } =
   OptionReply;
-const { STARTTLS, STRUCTURED_REPLY, EXTENDED_HEADERS, SET_META_CONTEXT, GO, LIST, EXPORT_NAME, ABORT } = Option;
+const { STARTTLS, STRUCTURED_REPLY, EXTENDED_HEADERS, SET_META_CONTEXT, GO, LIST, EXPORT_NAME, ABORT } =
+  Option;
 
 function goal(wish: Partial<Extract<HandshakeGoal, { kind: 'connect' }>> = {}): HandshakeGoal {
   return { kind: 'connect', exportName: 'disk', contexts: [], requireStructured: false, ...wish };
