@@ -12,6 +12,8 @@ import { join } from 'node:path';
 import {
   ChunkFlag,
   ChunkType,
+  EXTENDED_REPLY_MAGIC,
+  EXTENDED_REQUEST_HEADER_BYTES,
   HandshakeFlag,
   Info,
   NBD_MAGIC,
@@ -38,6 +40,8 @@ export interface FakeExport {
   readonly size?: bigint;
   readonly flags?: number;
   readonly structured?: boolean;
+  /** Extended headers are agreed on. Default: false. */
+  readonly extended?: boolean;
   /** Contexts granted, as [id, name]. */
   readonly contexts?: readonly (readonly [number, string])[];
   readonly blockSize?: readonly [number, number, number];
@@ -134,11 +138,30 @@ export function errorChunk(cookie: bigint, errno: number, message = '', done = t
   return chunk(cookie, ChunkType.ERROR, Buffer.concat([u32(errno), u16(text.length), text]), { done });
 }
 
+/** A chunk with an extended header; `to` is the request it answers. */
+export function extendedChunk(
+  to: { readonly cookie: bigint; readonly offset: number | bigint },
+  type: number,
+  payload: Buffer,
+  { done = true, length = BigInt(payload.length) } = {},
+): Buffer {
+  const head = [
+    u32(EXTENDED_REPLY_MAGIC),
+    u16(done ? ChunkFlag.DONE : 0),
+    u16(type),
+    u64(to.cookie),
+    u64(to.offset),
+    u64(length),
+  ];
+  return Buffer.concat([...head, payload]);
+}
+
 /** One accepted connection, from the server's side. `read` fails once the client has hung up. */
 export class FakePeer {
   #received: Buffer = Buffer.alloc(0);
   #ended = false;
   #wake: (() => void) | null = null;
+  #extended = false;
   /** The client has hung up. */
   readonly gone: Promise<void>;
 
@@ -193,6 +216,10 @@ export class FakePeer {
     for (;;) {
       const { option } = await this.readOption();
       switch (option) {
+        case Option.EXTENDED_HEADERS:
+          this.#extended = wish.extended ?? false;
+          this.send(optionReply(option, this.#extended ? OptionReply.ACK : OptionReply.ERR_UNSUP));
+          break;
         case Option.STRUCTURED_REPLY:
           this.send(optionReply(option, (wish.structured ?? true) ? OptionReply.ACK : OptionReply.ERR_UNSUP));
           break;
@@ -224,13 +251,13 @@ export class FakePeer {
 
   /** The next request; a WRITE's payload is left to `read`. */
   async request(): Promise<FakeRequest> {
-    const bytes = await this.read(REQUEST_HEADER_BYTES);
+    const bytes = await this.read(this.#extended ? EXTENDED_REQUEST_HEADER_BYTES : REQUEST_HEADER_BYTES);
     return {
       flags: bytes.readUInt16BE(4),
       command: bytes.readUInt16BE(6),
       cookie: bytes.readBigUInt64BE(8),
       offset: Number(bytes.readBigUInt64BE(16)),
-      length: bytes.readUInt32BE(24),
+      length: this.#extended ? Number(bytes.readBigUInt64BE(24)) : bytes.readUInt32BE(24),
     };
   }
 }

@@ -181,7 +181,13 @@ describe('extended headers: lengths of 64 bits', () => {
       [2 ** 40, 0],
       [2 ** 43 - 512 - 2 ** 40, 3],
     ];
-    assert.deepEqual([...reply.status], [[1, extents], [2, extents]]); // biome-ignore format: one line
+    assert.deepEqual(
+      [...reply.status],
+      [
+        [1, extents],
+        [2, extents],
+      ],
+    );
     const one = await client.ask({ command: BLOCK_STATUS, flags: REQ_ONE, cookie: 2, length: 2 ** 41 });
     assert.deepEqual(one.status.get(1), [[2 ** 40, 0]]);
   });
@@ -284,7 +290,10 @@ describe('extended headers: payloads', () => {
         { command: DISC, cookie: 2, flags, length: 9 },
       );
       await session.closed;
-      assert.deepEqual(client.replies.map(({ cookie, errno }) => [cookie, errno]), [[1, 0]]); // biome-ignore format: one line
+      assert.deepEqual(
+        client.replies.map(({ cookie, errno }) => [cookie, errno]),
+        [[1, 0]],
+      );
     }
   });
 });
