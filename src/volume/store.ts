@@ -18,6 +18,7 @@ import { type IoRequest, LATER, type StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from './blocks.js';
 import { Committer } from './committer.js';
 import { reportExtents } from './extents.js';
+import { HoleFinder } from './hole-finder.js';
 import { errnoOfSystem, type Image, WOULD_WAIT } from './image.js';
 import { Parking } from './parking.js';
 import { inPieces } from './pieces.js';
@@ -61,6 +62,7 @@ export class BlockStore {
   #idle: (() => void)[] = [];
   #unchanging: (() => void)[] = [];
   readonly #committer: Committer;
+  readonly #holes: HoleFinder;
 
   supplier: Supplier | null = null;
   /** Fetched blocks are kept; otherwise reads of missing blocks pass through. */
@@ -82,6 +84,7 @@ export class BlockStore {
   ) {
     this.blocks = blocksOf(image.size);
     this.#committer = new Committer(image, () => this.presence);
+    this.#holes = new HoleFinder(image);
     this.epoch = epoch;
   }
 
@@ -111,7 +114,7 @@ export class BlockStore {
     if (this.#locks.size > 0) return 0;
     const { presence } = this;
     if (presence !== null && !presence.hasAll(blockAt(offset), blocksOf(offset + length))) return 0;
-    return this.image.holeFrom(offset, offset + length);
+    return this.#holes.holeFrom(offset, offset + length);
   }
 
   read(request: IoRequest): void {

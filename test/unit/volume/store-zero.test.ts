@@ -1,6 +1,6 @@
 /** FAST_ZERO, long changes, and what the store knows to be zero. */
 import assert from 'node:assert/strict';
-import { afterEach, describe, test } from 'node:test';
+import { afterEach, beforeEach, describe, mock, test } from 'node:test';
 import { CommandFlag, Errno } from '../../../src/nbd/constants.js';
 import { PIECE_BYTES_MIN } from '../../../src/volume/pieces.js';
 import { OPEN } from '../../../src/volume/store.js';
@@ -140,6 +140,10 @@ describe('a zero or trim of many pieces', () => {
 });
 
 describe('zeroesNow', () => {
+  // Questions that take long would become rare: here none does, however busy the machine is.
+  beforeEach(() => mock.method(performance, 'now', () => 0));
+  afterEach(() => mock.restoreAll());
+
   test('holes of the image, where all is here', async () => {
     it = await StoreFixture.of(64 * B);
     assert.equal(it.store.zeroesNow(0, 64 * B), 0, 'missing blocks are unknown, whatever the image holds');
