@@ -12,6 +12,7 @@ export type EndReason =
   | 'too-many-options'
   | 'export-name' // EXPORT_NAME cannot be met, and has no way to say so
   | 'tls-required' // EXPORT_NAME, which has no way to say so either
+  | 'connections-max' // EXPORT_NAME of an export that has all the clients it may have
   | 'shutting-down'; // EXPORT_NAME came too late
 
 export type HandshakeResult =
@@ -41,6 +42,10 @@ export interface HandshakeParameters {
   behindTls?: { noZeroes: boolean };
   /** Takes what is to be sent; the buffer is the receiver's. */
   send(bytes: Buffer): void;
+  /** Default: true. LIST is answered ERR_POLICY otherwise; who knows a name may use it. */
+  listExports?: boolean;
+  /** Why no more clients can be served an export now, in words for the client. */
+  refusal?(entry: ExportEntry): string | undefined;
   /** Told of an export that a client chose and that could not be opened. The client only learns that it is not available. */
   openFailed?(entry: ExportEntry, error: unknown): void;
 }

@@ -53,6 +53,8 @@ export class OptionAnswers {
   readonly #tls: TlsMode;
   readonly #secure: boolean;
   readonly #send: (bytes: Buffer) => void;
+  readonly #listExports: boolean;
+  readonly #refusal: (entry: ExportEntry) => string | undefined;
   readonly #openFailed: (entry: ExportEntry, error: unknown) => void;
   readonly #agreed: Agreed = { structured: false, contexts: undefined };
   #namesListed = 0;
@@ -64,6 +66,8 @@ export class OptionAnswers {
     this.#secure = parameters.behindTls !== undefined;
     this.noZeroes = parameters.behindTls?.noZeroes ?? false;
     this.#send = (bytes) => parameters.send(bytes);
+    this.#listExports = parameters.listExports ?? true;
+    this.#refusal = (entry) => parameters.refusal?.(entry);
     this.#openFailed = (entry, error) => parameters.openFailed?.(entry, error);
   }
 
@@ -147,15 +151,19 @@ export class OptionAnswers {
     const entry = this.#exports.find(name.value);
     if (entry === undefined) return end('export-name', noExport(name.value));
     if (this.#outOfReach(entry)) return end('tls-required', 'it asked for an export that requires TLS');
+    const refusal = this.#refusal(entry);
+    if (refusal !== undefined) return end('connections-max', refusal);
     const device = this.#open(entry);
     if (device === undefined) return end('export-name', unavailable(entry));
-    const flags = transmissionFlags(device, this.#agreed.structured);
-    this.#send(encodeExportNameAnswer(device.size, flags, this.noZeroes));
+    const flags = transmissionFlags(entry, this.#agreed.structured);
+    this.#send(encodeExportNameAnswer(entry.size, flags, this.noZeroes));
     return this.#transmission(entry, device, rest);
   }
 
   #list(data: Buffer): undefined {
     if (data.length > 0) return this.#refuse(Option.LIST, OptionReply.ERR_INVALID, 'LIST takes no data');
+    if (!this.#listExports)
+      return this.#refuse(Option.LIST, OptionReply.ERR_POLICY, 'this server does not list its exports');
     if (this.#bytesListed > LISTED_BYTES_MAX)
       return this.#refuse(Option.LIST, OptionReply.ERR_TOO_BIG, 'listed too often');
     const entries = this.#exports.list().filter((entry) => !this.#outOfReach(entry));
@@ -177,6 +185,8 @@ export class OptionAnswers {
       return this.#refuse(option, OptionReply.ERR_UNKNOWN, noExport(request.value.name));
     if (this.#outOfReach(entry)) return this.#refuseWithoutTls(option);
     if (option === Option.INFO) return this.#describe(option, entry, request.value);
+    const refusal = this.#refusal(entry);
+    if (refusal !== undefined) return this.#refuse(option, OptionReply.ERR_POLICY, refusal);
     const device = this.#open(entry);
     if (device === undefined) return this.#refuse(option, OptionReply.ERR_UNKNOWN, unavailable(entry));
     this.#describe(option, entry, request.value);
@@ -230,7 +240,7 @@ export class OptionAnswers {
       const device = entry.open();
       if (
         device.size === entry.size &&
-        device.readOnly === entry.readOnly &&
+        (entry.readOnly || !device.readOnly) &&
         device.multiConn === entry.multiConn
       )
         return device;
