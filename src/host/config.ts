@@ -258,7 +258,7 @@ function checkRules(config: z.infer<typeof configSchema>, file: string): void {
     const needed = lacking === 'psk' ? 'tls.psk' : 'tls.certificates and tls.verifyPeer';
     throw new BlockferryError(
       'usage',
-      `${file}: ${where}: a rule with ${lacking}= needs ${needed}: nobody can prove a name without`,
+      `${file}: ${where}: a rule with ${lacking}= needs ${needed}, or nobody can prove that name`,
     );
   }
 }
