@@ -1,9 +1,11 @@
 // Which clients a listener serves, and how many, over real sockets. Every way in which a connection ends gives its place back.
 import assert from 'node:assert/strict';
+import { once } from 'node:events';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, afterEach, before, beforeEach, describe, test } from 'node:test';
+import { connect as connectTls } from 'node:tls';
 import { pino } from 'pino';
 import { parseListenAddress } from '../../../src/nbd/address.js';
 import { NbdClient } from '../../../src/nbd/client/client.js';
@@ -291,6 +293,35 @@ describe('access by name', () => {
     const served = await serve([disk], { tls: { mode: 'allowed', pskFile: pki.keys } });
     assert.equal((await refusedAt(await greeted(served))).type, OptionReply.ERR_TLS_REQD);
     assert.equal(await gradeAt(served.uri('nbd://127')), 'none');
+  });
+
+  test('clients that stop within TLS, or behind it, give way as all others', async () => {
+    const tls = { mode: 'required', certificates: pki.good } as const;
+    const served = await serve([new Disk('disk')], { tls, handshakesMax: 3, handshakeTimeoutMs: 60_000 });
+    const asked = async () => {
+      const client = await greeted(served);
+      client.send(option(Option.STARTTLS));
+      await client.receive(ACK_BYTES);
+      return client;
+    };
+    const first = await asked();
+    for (let count = 0; count < 5; count++) await asked();
+    await first.receiveAll();
+    let cutOff = 0;
+    for (let count = 0; count < 5; count++) {
+      const { socket } = await asked();
+      socket.removeAllListeners('data');
+      const secured = connectTls({ socket, rejectUnauthorized: false });
+      cleanups.push(() => secured.destroy());
+      secured.on('error', () => {});
+      secured.once('close', () => cutOff++);
+      secured.once('end', () => secured.destroy());
+      await within(once(secured, 'secureConnect'), 'TLS');
+      secured.resume();
+    }
+    assert.equal(await gradeAt(served.uri('nbds+unix'), { certificates: pki.good }), 'write');
+    await eventually(() => cutOff === 3, 'two of five to be left');
+    assert.deepEqual(new Set(lines.map(({ kind }) => kind)), new Set(['handshakes-max']));
   });
 
   test('places are given back by handshakes of TLS that fail', async () => {
