@@ -40,6 +40,16 @@ export function parseRange(text: string, size: number): { offset: number; length
   return { offset, length };
 }
 
+/** A parser of whole numbers in `min..max`. It fails with 'usage'. */
+export function parseCount(min: number, max: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^\d{1,16}$/.test(text) || value < min || value > max)
+      throw new BlockferryError('usage', `"${text}" is no whole number in ${min}..${max}`);
+    return value;
+  };
+}
+
 /** Seconds, a decimal number > 0, as milliseconds. */
 export function parseSeconds(text: string): number {
   const seconds = Number(text);
