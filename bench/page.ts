@@ -3,7 +3,7 @@
 import { HANDED_OFF, judge, judgeHandedOff } from '../src/bench/bars.js';
 import type { CellResult, Report } from '../src/bench/report.js';
 import { METRICS, type Metric, markdownTable, metricRows, rateRows } from '../src/bench/table.js';
-import { hitsRows, hitsVerdict } from '../src/bench/text.js';
+import { hitsRows, hitsVerdict, volumesRows, volumesVerdict } from '../src/bench/text.js';
 
 /** Why cells miss a bar, as profiling showed. `only` is a filter like that of the command. */
 export interface Reason {
@@ -101,10 +101,12 @@ function head(report: Report): string[] {
     `${cpu}, ${cores} cores, ${Math.round(memoryBytes / 2 ** 30)} GiB; ${system}, Linux ${kernel}; Node.js ${node}.`,
   ];
   if (cells.length === 0) return [...lines, ''];
+  const versions = [...new Set(cells.map(({ ourVersion }) => ourVersion))].join(', ');
   const rounds = cells.map((cell) => cell.rounds);
   lines.push(
     `Measured ${days[0] === days.at(-1) ? days[0] : `${days[0]} to ${days.at(-1)}`}: medians of ${range(rounds)} rounds of ` +
       `${range(cells.map(({ seconds }) => seconds))} s, servers in turn within each round; ± half the way from the least to the greatest.`,
+    `blockferry ${versions}.`,
     'The load runs on the same machine: compare within a row. "*": the load was the limit. The best peer is the one with the highest rate.',
   );
   if (Math.min(...rounds) < ROUNDS_MIN)
@@ -126,7 +128,7 @@ export function benchmarksPage(report: Report, reasons: readonly Reason[]): stri
     ...missedSection(report, reasons),
   ];
   for (const [title, cells] of groupsOf(report.cells)) lines.push(...groupSection(report, title, cells));
-  const { hits } = report;
+  const { hits, volumes } = report;
   if (hits !== undefined)
     lines.push(
       '## Hits beside misses',
@@ -136,6 +138,15 @@ export function benchmarksPage(report: Report, reasons: readonly Reason[]): stri
       markdownTable(hitsRows(hits)),
       '',
       hitsVerdict(hits),
+      '',
+    );
+  if (volumes !== undefined)
+    lines.push(
+      '## Two busy volumes',
+      '',
+      markdownTable(volumesRows(volumes)),
+      '',
+      volumesVerdict(volumes),
       '',
     );
   return lines.join('\n');

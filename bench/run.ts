@@ -9,6 +9,7 @@ import { dirname, join } from 'node:path';
 import { isDeepStrictEqual } from 'node:util';
 import { Command } from 'commander';
 import { z } from 'zod';
+import { EVERYTHING, QUICK } from '../src/bench/cells.js';
 import { machineFactsHere } from '../src/bench/facts.js';
 import { merged, type Report, report as storedReport } from '../src/bench/report.js';
 import { runComparison } from '../src/bench/run.js';
@@ -22,9 +23,12 @@ const RESULTS = join(packageRoot(), 'bench/results/servers.json');
 const REASONS = join(packageRoot(), 'bench/results/reasons.json');
 const PAGE = join(packageRoot(), 'docs/benchmarks.md');
 
+const DIGITS = 4;
+
 const reasons = z.array(z.object({ only: z.string(), reason: z.string() }));
 
 interface Words extends ComparisonWords {
+  quick: boolean;
   save: boolean;
   render: boolean;
 }
@@ -38,11 +42,20 @@ function render(report: Report): void {
   writeFileSync(PAGE, benchmarksPage(report, known));
 }
 
+/** JSON with a line for each cell, so that a change shows which cells it is about; four digits of each figure are more than they are worth. */
+function lineByCell({ cells, ...rest }: Report): string {
+  const short = (_: string, value: unknown): unknown =>
+    typeof value === 'number' && !Number.isInteger(value) ? Number(value.toPrecision(DIGITS)) : value;
+  const lines = cells.map((cell) => JSON.stringify(cell, short));
+  const head = JSON.stringify(rest, short).slice(0, -1);
+  return `${head},"cells":[\n${lines.join(',\n')}\n]}\n`;
+}
+
 function save(found: Report): void {
   const before = stored();
   const whole = before === null ? found : merged(before, found);
   mkdirSync(dirname(RESULTS), { recursive: true });
-  writeFileSync(RESULTS, `${JSON.stringify(whole)}\n`);
+  writeFileSync(RESULTS, lineByCell(whole));
   render(whole);
 }
 
@@ -64,16 +77,20 @@ async function main(words: Words): Promise<void> {
     return render(before);
   }
   if (words.save) checkMachine(machineFactsHere());
-  const report = await runComparison(comparisonOptions(words), (line) => process.stderr.write(`${line}\n`));
+  const wanted = words.quick ? { ...words, only: [...QUICK, ...words.only] } : words;
+  const report = await runComparison(comparisonOptions(wanted, [EVERYTHING]), (line) =>
+    process.stderr.write(`${line}\n`),
+  );
   if (words.save) save(report);
   process.stdout.write(`${comparisonText(report)}\n`);
 }
 
 const command = new Command('run')
   .description('compare NBD servers on this machine')
+  .option('--quick', 'measure a few cells', false)
   .option('--save', 'store the result and write docs/benchmarks.md', false)
   .option('--render', 'measure nothing: write docs/benchmarks.md from what is stored', false);
-for (const flag of comparisonFlags()) command.addOption(flag);
+for (const flag of comparisonFlags('all')) command.addOption(flag);
 try {
   await main(command.parse().opts<Words>());
 } catch (error) {

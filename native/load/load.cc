@@ -66,10 +66,12 @@ void Load::checkExport() {
   if (options_.offset > size || options_.length > size - options_.offset)
     fail("the export ends at %llu bytes, before the end of the range", static_cast<unsigned long long>(size));
   if (options_.length == 0) options_.length = size - options_.offset;
-  blocks_ = options_.length / options_.blockBytes;
+  blocks_ = options_.length < options_.blockBytes
+                ? 0
+                : (options_.length - options_.blockBytes) / options_.strideBytes + 1;
   if (blocks_ < options_.connections) fail("the range has too few blocks of %u bytes", options_.blockBytes);
   if (options_.blockBytes > export_.blockBytesMax || options_.blockBytes % export_.blockBytesMin != 0 ||
-      options_.offset % export_.blockBytesMin != 0)
+      options_.offset % export_.blockBytesMin != 0 || options_.strideBytes % export_.blockBytesMin != 0)
     fail("the server takes blocks of %u to %u bytes only", export_.blockBytesMin, export_.blockBytesMax);
   if (writes && (export_.flags & kFlagReadOnly) != 0) fail("the export is read-only");
   if (options_.flushEvery > 0 && (export_.flags & kFlagSendFlush) == 0) fail("the server does not offer FLUSH");
@@ -231,7 +233,7 @@ bool Load::choose(Lane& lane, Slot& slot) {
   if (!chooseBlock(lane, block)) return false;
   const bool read = options_.readPercent == 100 || random_.below(100) < options_.readPercent;
   slot.command = read && (!verifier_ || verifier_->generationOf(block) > 0) ? kRead : kWrite;
-  slot.offset = options_.offset + block * options_.blockBytes;
+  slot.offset = options_.offset + block * options_.strideBytes;
   slot.length = options_.blockBytes;
   if (slot.command == kWrite) lane.unflushed++;
   return true;
@@ -265,7 +267,7 @@ bool Load::chooseForReadBack(Slot& slot) {
   while (readBackNext_ < blocks_ && verifier_->generationOf(readBackNext_) == 0) readBackNext_++;
   if (readBackNext_ == blocks_) return false;
   slot.command = kRead;
-  slot.offset = options_.offset + readBackNext_++ * options_.blockBytes;
+  slot.offset = options_.offset + readBackNext_++ * options_.strideBytes;
   slot.length = options_.blockBytes;
   return true;
 }

@@ -47,6 +47,7 @@ void parseOption(Options& options, const char* name, const char* value) {
   else if (is("--seed")) options.seed = number(0, kWholeMax);
   else if (is("--offset")) options.offset = number(0, kWholeMax);
   else if (is("--length")) options.length = number(0, kWholeMax);
+  else if (is("--stride")) options.strideBytes = number(0, kWholeMax);
   else if (is("--timeout-ms")) options.timeoutMs = number(1, kTimeMsMax);
   else if (is("--lap")) options.lap = number(0, 1) == 1;
   else if (is("--verify")) options.verify = number(0, 1) == 1;
@@ -64,8 +65,12 @@ Options parseOptions(int count, char** words) {
     parseOption(options, words[index], words[index + 1]);
   }
   if (options.unixPath.empty() == options.host.empty()) wrongUsage("say either --unix or --host");
+  if (options.strideBytes == 0) options.strideBytes = options.blockBytes;
+  if (options.strideBytes < options.blockBytes) wrongUsage("--stride is at least the size of a block");
   if (options.durationMs == 0 && options.count == 0 && !options.lap)
     wrongUsage("say when to stop: --duration-ms, --count or --lap");
+  if (options.warmupMs > 0 && (options.count > 0 || options.lap))
+    wrongUsage("a load by count or lap has no warm-up: everything counts");
   if (options.lap && options.order == Order::kRandom) wrongUsage("--lap needs --order shuffled or sequential");
   return options;
 }

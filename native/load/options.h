@@ -33,6 +33,7 @@ struct Options {
   uint64_t seed = 1;
   uint64_t offset = 0;
   uint64_t length = 0;  // 0: to the end of the export
+  uint64_t strideBytes = 0;  // from one block to the next; 0: blockBytes
   uint64_t timeoutMs = 30000;
   bool lap = false;         // stop when each block was done once
   bool verify = false;      // see verifier.h

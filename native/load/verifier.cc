@@ -17,7 +17,7 @@ constexpr uint32_t kWordBytes = sizeof(uint64_t);
 Verifier::Verifier(const Options& options, uint64_t blocks)
     : seed_(mix(options.seed)),
       offset_(options.offset),
-      blockBytes_(options.blockBytes),
+      strideBytes_(options.strideBytes),
       generations_(blocks),
       busy_(blocks) {}
 

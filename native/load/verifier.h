@@ -24,13 +24,13 @@ class Verifier {
   uint64_t verified() const { return verified_; }
 
  private:
-  uint64_t blockOf(const Slot& slot) const { return (slot.offset - offset_) / blockBytes_; }
+  uint64_t blockOf(const Slot& slot) const { return (slot.offset - offset_) / strideBytes_; }
   uint64_t word(uint64_t at, uint32_t generation) const;
   [[noreturn]] void differs(const Slot& slot, uint32_t at, uint64_t found) const;
 
   uint64_t seed_;
   uint64_t offset_;
-  uint32_t blockBytes_;
+  uint64_t strideBytes_;
   std::vector<uint32_t> generations_;
   std::vector<bool> busy_;
   uint64_t verified_ = 0;

@@ -11,6 +11,9 @@ export const HANDED_OFF_BAR = 0.95;
 /** Slowest hit in a hundred while another client misses, microseconds. */
 export const HIT_P99_US_MAX = 1000;
 
+/** What two busy volumes of one host do in all, by what one does: more. How much more is there depends on the cores the loads leave. */
+export const VOLUMES_GROWTH_BAR = 1;
+
 const RANDOM_BARS: Record<Cell['work'], Record<number, number>> = {
   read: { 1: 1.1, 16: 1.5, 64: 2.2 },
   write: { 1: 1.1, 16: 1.2, 64: 1.5 },

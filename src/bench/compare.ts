@@ -11,11 +11,12 @@ import type { Cell } from './cells.js';
 import { loadOf } from './cells.js';
 import { machineFactsHere } from './facts.js';
 import { runFio } from './fio.js';
-import { dropFromCache, imageFolder, makeImage, settle } from './images.js';
+import { dropFromCache, makeImage, settle, withImageFolder } from './images.js';
 import { LOAD_DEFAULTS, runLoad } from './load.js';
 import { cpuMsOf, peakBytesOf, resetPeak } from './processes.js';
+import type { Place, RunningServer } from './program.js';
 import type { CellResult, Report, Sample, ServerFacts } from './report.js';
-import type { Place, RunningServer, ServerKind } from './servers.js';
+import { ourVersion, type ServerKind } from './servers.js';
 
 export interface CompareOptions {
   cells: readonly Cell[];
@@ -45,26 +46,13 @@ export async function compareServers(options: CompareOptions, tell: Tell): Promi
   const leftOut = new Set<string>();
   const cells: CellResult[] = [];
   for (const group of groupsOf(options.cells)) {
-    const { placement, transport } = group[0];
-    const folder = await imageFolder(
-      placement,
-      options.folder,
-      options.imageBytes * (options.servers.length + 1),
+    const { placement } = group[0];
+    // One more for what a proxy copies from.
+    const needBytes = options.imageBytes * (options.servers.length + 1);
+    const found = await withImageFolder(placement, options.folder, needBytes, (folder) =>
+      compareGroup(group, folder, options, { known, leftOut }, tell),
     );
-    const contestants: Contestant[] = [];
-    try {
-      tell(`${placement}, ${transport}: making images and starting servers`);
-      for (const kind of options.servers) {
-        const contestant = await enter(kind, folder, transport, options.imageBytes, leftOut);
-        if (contestant === null) continue;
-        contestants.push(contestant);
-        known.set(kind.name, factsOf(contestant, known));
-      }
-      cells.push(...(await measureGroup(group, contestants, options, tell)));
-    } finally {
-      for (const { server } of contestants.reverse()) await server.stop();
-      rmSync(folder, { recursive: true, force: true });
-    }
+    cells.push(...found);
   }
   return {
     version: 1,
@@ -73,6 +61,35 @@ export async function compareServers(options: CompareOptions, tell: Tell): Promi
     leftOut: [...leftOut],
     cells,
   };
+}
+
+/** What is found out about the servers on the way. */
+interface Findings {
+  known: Map<string, ServerFacts>;
+  leftOut: Set<string>;
+}
+
+async function compareGroup(
+  group: readonly Cell[],
+  folder: string,
+  options: CompareOptions,
+  { known, leftOut }: Findings,
+  tell: Tell,
+): Promise<CellResult[]> {
+  const { placement, transport } = group[0];
+  const contestants: Contestant[] = [];
+  try {
+    tell(`${placement}, ${transport}: making images and starting servers`);
+    for (const kind of options.servers) {
+      const contestant = await enter(kind, folder, transport, options.imageBytes, leftOut);
+      if (contestant === null) continue;
+      contestants.push(contestant);
+      known.set(kind.name, factsOf(contestant, known));
+    }
+    return await measureGroup(group, contestants, options, tell);
+  } finally {
+    for (const { server } of contestants.reverse()) await server.stop();
+  }
 }
 
 function groupsOf(cells: readonly Cell[]): Cell[][] {
@@ -125,12 +142,14 @@ async function measureGroup(
   options: CompareOptions,
   tell: Tell,
 ): Promise<CellResult[]> {
+  const version = ourVersion();
   const results = cells.map((cell): CellResult => {
     const { rounds, imageBytes, tool } = options;
     const seconds = options.durationMs / 1000;
     const samples = Object.fromEntries(contestants.map(({ kind }): [string, Sample[]] => [kind.name, []]));
     return {
       name: cell.name,
+      ourVersion: version,
       measuredAt: new Date().toISOString(),
       tool,
       rounds,

@@ -2,7 +2,7 @@
 
 import { execFile } from 'node:child_process';
 import { createCipheriv } from 'node:crypto';
-import { mkdtempSync } from 'node:fs';
+import { mkdtempSync, rmSync } from 'node:fs';
 import { open, statfs } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -15,7 +15,11 @@ export type Placement = 'cache' | 'tmpfs' | 'cold';
 /** Type of a tmpfs. Source: statfs(2). */
 const TMPFS_MAGIC = 0x01021994;
 const TMPFS = '/dev/shm';
-const PIECE_BYTES = 4 << 20;
+/** Images are a multiple of it. */
+export const IMAGE_UNIT_BYTES = 4 << 20;
+/** Room that must be there by room that is needed. */
+const ROOM = 1.1;
+const ENDING = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
 /** Pages that may stay: some of them may be on their way to the disk. */
 const COLD_SHARE_MAX = 0.01;
 const DROP_TRIES = 20;
@@ -23,8 +27,33 @@ const DROP_RETRY_MS = 50;
 
 const run = promisify(execFile);
 
-/** A new folder for images. `disk` is the folder of those that are kept on a disk (default: the system's for temporary files). */
-export async function imageFolder(
+/**
+ * Calls `use` with a new folder for images, and removes it afterwards, also when a signal ends this process. `disk` is the folder
+ * where those are kept that are to be on a disk (default: the system's for temporary files).
+ */
+export async function withImageFolder<Result>(
+  placement: Placement,
+  disk: string | undefined,
+  needBytes: number,
+  use: (folder: string) => Promise<Result>,
+): Promise<Result> {
+  const folder = await imageFolder(placement, disk, needBytes);
+  const remove = (): void => rmSync(folder, { recursive: true, force: true });
+  const ended = (signal: NodeJS.Signals): void => {
+    remove();
+    // The handler is gone by now: this ends the process, and with it the servers.
+    process.kill(process.pid, signal);
+  };
+  for (const signal of ENDING) process.once(signal, ended);
+  try {
+    return await use(folder);
+  } finally {
+    for (const signal of ENDING) process.off(signal, ended);
+    remove();
+  }
+}
+
+async function imageFolder(
   placement: Placement,
   disk: string | undefined,
   needBytes: number,
@@ -35,7 +64,7 @@ export async function imageFolder(
     throw new BlockferryError('bench', `${parent} is a tmpfs: say with --folder where a disk is mounted`);
   if (placement === 'tmpfs' && type !== TMPFS_MAGIC)
     throw new BlockferryError('bench', `${TMPFS} is no tmpfs`);
-  if (bavail * bsize < needBytes * 1.1)
+  if (bavail * bsize < needBytes * ROOM)
     throw new BlockferryError(
       'no-space',
       `${parent} has too little room for images of ${needBytes} bytes in all: make --image smaller`,
@@ -43,14 +72,14 @@ export async function imageFolder(
   return mkdtempSync(join(parent, 'bf-bench-'));
 }
 
-/** Writes an image of pseudo-random bytes, always the same, and makes it durable. A multiple of 4 MiB. */
+/** Writes an image of pseudo-random bytes, always the same, and makes it durable. */
 export async function makeImage(path: string, bytes: number): Promise<void> {
   const stream = createCipheriv('aes-128-ctr', Buffer.alloc(16, 1), Buffer.alloc(16, 2));
-  const zeros = Buffer.alloc(PIECE_BYTES);
+  const zeros = Buffer.alloc(IMAGE_UNIT_BYTES);
   const file = await open(path, 'wx');
   try {
-    for (let at = 0; at < bytes; at += PIECE_BYTES)
-      await file.write(stream.update(zeros), 0, PIECE_BYTES, at);
+    for (let at = 0; at < bytes; at += IMAGE_UNIT_BYTES)
+      await file.write(stream.update(zeros), 0, IMAGE_UNIT_BYTES, at);
     await file.sync();
   } finally {
     await file.close();

@@ -35,6 +35,8 @@ export interface LoadOptions {
   /** The range that is loaded; length 0: to the end of the export. */
   offset: number;
   length: number;
+  /** From the start of one block to the next; 0: blockBytes. */
+  strideBytes: number;
   /** Ends when each block was done once; not with order 'random'. */
   lap: boolean;
   /** Checks what is read against what was written; at the end every block that was written is read back. */
@@ -57,6 +59,7 @@ export const LOAD_DEFAULTS: Readonly<LoadOptions> = {
   seed: 1,
   offset: 0,
   length: 0,
+  strideBytes: 0,
   lap: false,
   verify: false,
   structured: false,
@@ -149,6 +152,7 @@ export function loadWords(uri: string, options: LoadOptions): string[] {
     seed: options.seed,
     offset: options.offset,
     length: options.length,
+    stride: options.strideBytes,
     'timeout-ms': options.timeoutMs,
     lap: Number(options.lap),
     verify: Number(options.verify),

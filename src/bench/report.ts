@@ -25,6 +25,8 @@ const cellResult = z.object({
   name: z.string(),
   /** ISO 8601. */
   measuredAt: z.string(),
+  /** Version of blockferry, with its commit. */
+  ourVersion: z.string(),
   tool: z.enum(['load', 'fio']),
   rounds: z.number(),
   seconds: z.number(),
@@ -59,6 +61,16 @@ const hitsResult = z.object({
   ),
 });
 
+/** Two volumes of one daemon, loaded one alone and both at once. */
+const volumesResult = z.object({
+  measuredAt: z.string(),
+  seconds: z.number(),
+  samples: z.record(
+    z.string(),
+    z.array(z.object({ round: z.number(), onePerSecond: z.number(), bothPerSecond: z.number() })),
+  ),
+});
+
 export const machineFacts = z.object({
   cpu: z.string(),
   cores: z.number(),
@@ -77,12 +89,14 @@ export const report = z.object({
   cells: z.array(cellResult),
   /** Hits of one client while another one misses. */
   hits: hitsResult.optional(),
+  volumes: volumesResult.optional(),
 });
 
 export type Sample = z.infer<typeof sample>;
 export type CellResult = z.infer<typeof cellResult>;
 export type ServerFacts = z.infer<typeof serverFacts>;
 export type HitsResult = z.infer<typeof hitsResult>;
+export type VolumesResult = z.infer<typeof volumesResult>;
 export type MachineFacts = z.infer<typeof machineFacts>;
 export type Report = z.infer<typeof report>;
 
@@ -91,10 +105,12 @@ export function merged(earlier: Report, later: Report): Report {
   const names = new Set(later.cells.map(({ name }) => name));
   const servers = new Set(later.servers.map(({ name }) => name));
   const hits = later.hits ?? earlier.hits;
+  const volumes = later.volumes ?? earlier.volumes;
   return {
     ...later,
     servers: [...earlier.servers.filter(({ name }) => !servers.has(name)), ...later.servers],
     cells: [...earlier.cells.filter(({ name }) => !names.has(name)), ...later.cells],
     ...(hits === undefined ? {} : { hits }),
+    ...(volumes === undefined ? {} : { volumes }),
   };
 }

@@ -1,9 +1,9 @@
 /** What the command prints: a load's result, and a comparison's. */
 
-import { HIT_P99_US_MAX } from './bars.js';
+import { HIT_P99_US_MAX, VOLUMES_GROWTH_BAR } from './bars.js';
 import { HITS_OURS, HITS_PEER } from './hits.js';
 import type { Latency, LoadOptions, LoadResult } from './load.js';
-import type { HitsResult, Report } from './report.js';
+import type { HitsResult, Report, VolumesResult } from './report.js';
 import { medianOf } from './statistics.js';
 import {
   formatCount,
@@ -15,6 +15,7 @@ import {
   rateRows,
   textTable,
 } from './table.js';
+import { VOLUMES_OURS } from './volumes.js';
 
 function plural(count: number, what: string): string {
   return `${count} ${what}${count === 1 ? '' : 's'}`;
@@ -74,6 +75,24 @@ export function hitsVerdict(hits: HitsResult): string {
   );
 }
 
+export function volumesRows(volumes: VolumesResult): string[][] {
+  const rows = Object.entries(volumes.samples).map(([name, samples]) => {
+    const one = samples.map(({ onePerSecond }) => onePerSecond);
+    const both = samples.map(({ bothPerSecond }) => bothPerSecond);
+    return [name, formatRateSpread(one), formatRateSpread(both), (medianOf(both) / medianOf(one)).toFixed(2)];
+  });
+  return [['4 KiB random reads, depth 16', 'one volume', 'two volumes, in all', 'ratio'], ...rows];
+}
+
+/** Whether the bar for two busy volumes holds: one sentence. */
+export function volumesVerdict(volumes: VolumesResult): string {
+  const own = volumes.samples[VOLUMES_OURS] ?? [];
+  if (own.length === 0) return 'Nothing to judge.';
+  const growth =
+    medianOf(own.map((sample) => sample.bothPerSecond)) / medianOf(own.map((sample) => sample.onePerSecond));
+  return `Two volumes to one ${growth.toFixed(2)}, more than ${VOLUMES_GROWTH_BAR.toFixed(2)}: ${growth > VOLUMES_GROWTH_BAR ? 'ok' : 'MISSED'}.`;
+}
+
 export function comparisonText(report: Report): string {
   const parts: string[] = [];
   if (report.cells.length > 0) {
@@ -83,6 +102,8 @@ export function comparisonText(report: Report): string {
   }
   if (report.hits !== undefined)
     parts.push(`${textTable(hitsRows(report.hits))}\n${hitsVerdict(report.hits)}`);
+  if (report.volumes !== undefined)
+    parts.push(`${textTable(volumesRows(report.volumes))}\n${volumesVerdict(report.volumes)}`);
   const { cpu, cores, kernel, node } = report.machine;
   parts.push(
     `${cpu}, ${plural(cores, 'core')}, Linux ${kernel}, Node.js ${node}. "*": the load was the limit.`,

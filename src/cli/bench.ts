@@ -1,4 +1,5 @@
 import { Command, Option } from 'commander';
+import { QUICK } from '../bench/cells.js';
 import { LOAD_DEFAULTS, type LoadOptions, runLoad } from '../bench/load.js';
 import { type ComparisonOptions, runComparison } from '../bench/run.js';
 import { comparisonText, loadText } from '../bench/text.js';
@@ -28,7 +29,6 @@ export interface ComparisonWords {
   warmUp: number;
   only: string[];
   server: string[];
-  quick: boolean;
   rounds: number;
   image: number;
   folder?: string;
@@ -54,15 +54,14 @@ function rangeOf(text: string): { offset: number; length: number } {
 }
 
 /** Options of a comparison, for whoever offers one. */
-export function comparisonFlags(): Option[] {
+export function comparisonFlags(byDefault: 'a few cells' | 'all'): Option[] {
   return [
-    new Option('--quick', 'compare a few cells only').default(false),
     new Option(
       '--only <words>',
-      'compare the cells that have these words, as in "read 4k d16 unix"; "hits": hits beside misses; may be repeated',
+      'compare the cells that have these words, as in "read 4k d16 unix"; "hits": hits beside misses, "volumes": two busy volumes; "all"; may be repeated',
     )
       .argParser(oneMore)
-      .default([], 'all'),
+      .default([], byDefault),
     new Option('--server <name>', 'compare the servers whose name has this in it; may be repeated')
       .argParser(oneMore)
       .default([], 'all'),
@@ -97,11 +96,11 @@ function warmUpOption(): Option {
     .default(WARM_UP_MS, '0.3');
 }
 
-export function comparisonOptions(words: ComparisonWords): ComparisonOptions {
+export function comparisonOptions(words: ComparisonWords, byDefault: readonly string[]): ComparisonOptions {
+  const only = words.only.length > 0 ? words.only : byDefault;
   return {
-    only: words.only,
+    only,
     servers: words.server,
-    quick: words.quick,
     rounds: words.rounds,
     durationMs: words.seconds ?? COMPARE_SECONDS * 1000,
     warmupMs: words.warmUp,
@@ -185,7 +184,7 @@ export function benchCommand(): Command {
     .option('--structured', 'ask for structured replies', false)
     .option('--compare', 'compare the servers that are installed, on images of its own', false)
     .option('--json', 'print JSON', false);
-  for (const option of comparisonFlags()) command.addOption(option);
+  for (const option of comparisonFlags('a few cells')) command.addOption(option);
   return command.action(async (uri: string | undefined, words: BenchWords) => {
     if (words.compare === (uri !== undefined))
       throw new BlockferryError('usage', 'say what to load, an NBD URI, or --compare');
@@ -200,7 +199,7 @@ export function benchCommand(): Command {
 async function compare(words: BenchWords): Promise<void> {
   const line = new LiveLine(process.stderr);
   try {
-    const report = await runComparison(comparisonOptions(words), (text) => line.show(text));
+    const report = await runComparison(comparisonOptions(words, QUICK), (text) => line.show(text));
     line.end();
     if (words.json) printJson(report);
     else process.stdout.write(`${comparisonText(report)}\n`);
