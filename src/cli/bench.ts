@@ -6,7 +6,7 @@ import { comparisonText, loadText } from '../bench/text.js';
 import { BlockferryError } from '../errors.js';
 import { argument, printJson } from './common.js';
 import { LiveLine } from './progress.js';
-import { parseCount, parseRange, parseSeconds, parseSize } from './units.js';
+import { parseRange, parseSeconds, parseSize, wholeNumber } from './units.js';
 
 interface LoadWords {
   write: boolean;
@@ -66,7 +66,7 @@ export function comparisonFlags(byDefault: 'a few cells' | 'all'): Option[] {
       .argParser(oneMore)
       .default([], 'all'),
     new Option('--rounds <n>', 'how often each cell of a comparison is measured')
-      .argParser(argument(parseCount(1, 1000)))
+      .argParser(argument(wholeNumber(1, 1000)))
       .default(3),
     new Option('--image <size>', 'size of the images of a comparison')
       .argParser(argument(parseSize))
@@ -151,7 +151,7 @@ export function benchCommand(): Command {
     .option(
       '--reads <percent>',
       'share of reads with --write (default: 0, or 50 with --verify)',
-      argument(parseCount(0, 100)),
+      argument(wholeNumber(0, 100)),
     )
     .option(
       '--verify',
@@ -162,17 +162,17 @@ export function benchCommand(): Command {
       new Option('--block <size>', 'of each request').argParser(argument(parseSize)).default(4096, '4K'),
     )
     .option('--sequential', 'in order, each connection a part of its own (default: random)', false)
-    .option('--depth <n>', 'requests under way on each connection', argument(parseCount(1, 1024)), 16)
-    .option('--connections <n>', 'connections to the server', argument(parseCount(1, 256)), 1)
+    .option('--depth <n>', 'requests under way on each connection', argument(wholeNumber(1, 1024)), 16)
+    .option('--connections <n>', 'connections to the server', argument(wholeNumber(1, 256)), 1)
     .option(
       '--count <n>',
       'stop after so many operations instead of a time',
-      argument(parseCount(1, 2 ** 53 - 1)),
+      argument(wholeNumber(1, 2 ** 53 - 1)),
     )
     .option(
       '--flush-every <n>',
       'with --write: FLUSH after so many writes',
-      argument(parseCount(0, 2 ** 32 - 1)),
+      argument(wholeNumber(0, 2 ** 32 - 1)),
       0,
     )
     .addOption(
@@ -180,7 +180,7 @@ export function benchCommand(): Command {
         .argParser(argument(rangeOf))
         .default({ offset: 0, length: 0 }, 'all'),
     )
-    .option('--seed <n>', 'what the offsets follow from', argument(parseCount(0, 2 ** 53 - 1)), 1)
+    .option('--seed <n>', 'what the offsets follow from', argument(wholeNumber(0, 2 ** 53 - 1)), 1)
     .option('--structured', 'ask for structured replies', false)
     .option('--compare', 'compare the servers that are installed, on images of its own', false)
     .option('--json', 'print JSON', false);

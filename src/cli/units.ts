@@ -40,16 +40,6 @@ export function parseRange(text: string, size: number): { offset: number; length
   return { offset, length };
 }
 
-/** A parser of whole numbers in `min..max`. It fails with 'usage'. */
-export function parseCount(min: number, max: number): (text: string) => number {
-  return (text) => {
-    const value = Number(text);
-    if (!/^\d{1,16}$/.test(text) || value < min || value > max)
-      throw new BlockferryError('usage', `"${text}" is no whole number in ${min}..${max}`);
-    return value;
-  };
-}
-
 /** Seconds, a decimal number > 0, as milliseconds. */
 export function parseSeconds(text: string): number {
   const seconds = Number(text);
@@ -57,6 +47,16 @@ export function parseSeconds(text: string): number {
     throw new BlockferryError('usage', `"${text}" is no time: write seconds, more than 0 and at most 86400`);
   }
   return Math.round(seconds * 1000);
+}
+
+/** A parser of whole numbers in `min..max`. It fails with 'usage'. */
+export function wholeNumber(min: number, max: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^\d{1,16}$/.test(text) || value < min || value > max)
+      throw new BlockferryError('usage', `"${text}" is no whole number in ${min}..${max}`);
+    return value;
+  };
 }
 
 /** `bytes` with three significant digits at most: "4 KiB", "1.5 GiB", "999 B". */
