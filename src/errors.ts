@@ -28,6 +28,7 @@ export type ErrorCode =
   | 'control' // the control API refused or could not be reached
   | 'hypervisor' // QEMU failed or said no
   | 'migration'
+  | 'bench' // a server under load failed, or cannot be measured
   | 'timeout';
 
 export class BlockferryError extends Error {

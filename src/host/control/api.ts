@@ -44,6 +44,7 @@ export const HTTP_STATUS: Record<ErrorCode, number> = {
   control: 500,
   hypervisor: 500,
   migration: 409,
+  bench: 500,
   timeout: 504,
 };
 
