@@ -34,7 +34,16 @@ export function hostCommand(): Command {
           diskSocket,
           migrationAddress,
           stopTimeoutMs,
-          volumes: config.volumes.map((volume) => ({ ...volume, mode: { kind: 'serve', readOnly: false } })),
+          volumes: config.volumes.map(({ name, image }) => ({
+            name,
+            image,
+            mode: { kind: 'serve', readOnly: false },
+          })),
+          transactionLogs: new Map(
+            config.volumes.flatMap((volume) =>
+              volume.transactionLog === undefined ? [] : [[volume.name, volume.transactionLog] as const],
+            ),
+          ),
           vms,
           toleratesBadVolumes: true,
           parts: daemonParts(machinesDir),

@@ -1,6 +1,6 @@
 import { Command, Option } from 'commander';
 import { parseListenAddress } from '../nbd/address.js';
-import { argument, logLevelOption, stateDirOption } from './common.js';
+import { argument, logLevelOption, stateDirOption, transactionLogOptions } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
 import { tlsCertificatesOption, tlsModeOption, tlsPskOption, tlsVerifyPeerOption } from './tls.js';
 
@@ -17,6 +17,7 @@ export function listenOption(): Option {
 }
 
 export function serveCommand(): Command {
+  const [transactionLog, transactionLogData] = transactionLogOptions();
   return new Command('serve')
     .description('serve a raw image file or block device over NBD')
     .argument('<disk>', 'image file or block device; it must exist')
@@ -28,6 +29,8 @@ export function serveCommand(): Command {
     .addOption(tlsPskOption())
     .addOption(tlsVerifyPeerOption())
     .addOption(stateDirOption())
+    .addOption(transactionLog)
+    .addOption(transactionLogData)
     .option('--control <path>', 'path of the control socket (default: STATE/control/NAME.sock)')
     .addOption(logLevelOption())
     .action(async (disk: string, options: OneVolumeOptions & { readOnly: boolean }) => {

@@ -6,6 +6,7 @@ import { parseDocument } from 'yaml';
 import { z } from 'zod';
 import { BlockferryError, messageOf } from '../errors.js';
 import { type MachineDefinition, machineDefinitionSchema } from '../hypervisor/driver.js';
+import type { TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import type { ClientTlsSettings, ServerTlsSettings, TlsMode } from '../nbd/tls.js';
 import { defaultStateDir, RESERVED_NAMES } from './state-dir.js';
 
@@ -47,6 +48,8 @@ const tlsSchema = z
     'either certificates or psk, one of the two',
   );
 
+const transactionLogSchema = z.strictObject({ file: path, data: z.boolean().default(false) });
+
 const configSchema = z.strictObject({
   name: daemonName,
   stateDir: path.optional(),
@@ -58,7 +61,14 @@ const configSchema = z.strictObject({
   migrationAddress: noNul.min(1).default('127.0.0.1'),
   stopTimeoutSeconds: z.number().min(0).max(3600).default(30),
   volumes: z
-    .array(z.strictObject({ name: volumeName, image: path, tlsOnly: z.boolean().default(false) }))
+    .array(
+      z.strictObject({
+        name: volumeName,
+        image: path,
+        tlsOnly: z.boolean().default(false),
+        transactionLog: transactionLogSchema.optional(),
+      }),
+    )
     .max(VOLUMES_MAX)
     .default([]),
   vms: z
@@ -89,7 +99,7 @@ export interface HostConfig {
   migrationAddress: string;
   /** How long a guest may take to power off when the daemon stops. */
   stopTimeoutMs: number;
-  volumes: { name: string; image: string }[];
+  volumes: { name: string; image: string; transactionLog?: TransactionLogSettings }[];
   vms: { definition: MachineDefinition; autostart: boolean }[];
 }
 
@@ -147,7 +157,13 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
     run: absolute(config.run ?? join(stateDir, 'run')),
     migrationAddress: config.migrationAddress,
     stopTimeoutMs: config.stopTimeoutSeconds * 1000,
-    volumes: config.volumes.map((volume) => ({ name: volume.name, image: absolute(volume.image) })),
+    volumes: config.volumes.map(({ name, image, transactionLog }) => ({
+      name,
+      image: absolute(image),
+      ...(transactionLog === undefined
+        ? {}
+        : { transactionLog: { path: absolute(transactionLog.file), data: transactionLog.data } }),
+    })),
     vms: config.vms.map(({ autostart, ...definition }) => ({ definition, autostart })),
   };
 }
