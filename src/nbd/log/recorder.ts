@@ -102,6 +102,7 @@ export class Recorder implements LogWaiter {
   /** It did not: it failed, or will be asked again. Nothing else happened meanwhile. */
   takeBackWrite(): void {
     this.log.takeBack(this.#triedAt);
+    this.#requests = (this.#triedNumber - 1) >>> 0;
   }
 
   // Requests that the device has
