@@ -11,6 +11,11 @@ import { attempt, needs } from './tools.js';
 
 const PAGE = fileURLToPath(new URL('../../../docs/operations.md', import.meta.url));
 
+const TOOLS = [
+  ...['bash', 'setpriv', 'nbdinfo', 'qemu-io', 'dd', 'truncate', 'cmp'],
+  ...['nbd-trdump', 'nbd-trplay'],
+];
+
 /** Contents of the fenced blocks whose fence says `language`. */
 function blocks(language: string): string[] {
   const fences = readFileSync(PAGE, 'utf8').matchAll(/^```([^\n]*)\n([\s\S]*?)^```$/gm);
@@ -18,7 +23,7 @@ function blocks(language: string): string[] {
 }
 
 describe('docs/operations.md', () => {
-  test('the examples', needs('bash', 'setpriv', 'nbdinfo', 'qemu-io', 'dd', 'truncate'), async () => {
+  test('the examples', needs(...TOOLS), async () => {
     const examples = blocks('sh run');
     assert.ok(examples.length >= 4, 'the page has examples');
     const folder = mkdtempSync(join(tmpdir(), 'blockferry-docs-'));
@@ -34,6 +39,8 @@ describe('docs/operations.md', () => {
       assert.match(ran.stdout, /^ +14680064 +1048576 +1 +local$/m, 'nbdinfo --map');
       assert.match(ran.stdout, /^copy: plain 100\.0 % of 64 MiB local$/m, 'watch');
       assert.match(ran.stdout, /^identical: 67108864 bytes$/m, 'verify');
+      assert.match(ran.stdout, /^> H=0000000100000001 /m, 'nbd-trdump');
+      assert.match(ran.stdout, /^End of transaction log/m, 'nbd-trplay');
       assert.match(ran.stdout, /^ {2}lost +unavailable .*there is no image/m, 'status of a host');
     } finally {
       rmSync(folder, { recursive: true });
