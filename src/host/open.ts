@@ -50,11 +50,12 @@ const DEFAULTS: RelocationSettings = { background: true, rateBytesPerSecond: nul
 /** Throws what volume/open.ts, NbdClient.connect and TransactionLog.open throw. */
 export async function openVolumeService(options: OpenVolumeOptions): Promise<VolumeService> {
   const { mode, log, sourceTls, timing = {} } = options;
-  const volume = await openVolume(options);
-  let transactionLog: TransactionLog | null = null;
+  // First: where it cannot be had, no volume is made.
+  const transactionLog =
+    options.transactionLog === undefined ? null : TransactionLog.open(options.transactionLog, log);
+  let volume: Volume | null = null;
   try {
-    if (options.transactionLog !== undefined)
-      transactionLog = TransactionLog.open(options.transactionLog, log);
+    volume = await openVolume(options);
     const settings = mode.kind === 'proxy' ? mode : DEFAULTS;
     const limited =
       mode.kind === 'arrive' ? { ...settings, rateBytesPerSecond: mode.rateBytesPerSecond } : settings;
@@ -63,8 +64,8 @@ export async function openVolumeService(options: OpenVolumeOptions): Promise<Vol
       source === null ? null : new Relocation(volume, { ...limited, tls: sourceTls, log, timing });
     return new RunningVolume(volume, relocation, transactionLog);
   } catch (error) {
+    await volume?.close().catch(() => undefined);
     await transactionLog?.close();
-    await volume.close().catch(() => undefined);
     throw error;
   }
 }

@@ -1,6 +1,6 @@
 // --transaction-log, read by nbd-trdump and nbd-trplay: what clients did is in it, and played back it gives the disk bit for bit.
 import assert from 'node:assert/strict';
-import { copyFileSync, existsSync, readFileSync, statSync, writeFileSync } from 'node:fs';
+import { copyFileSync, existsSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, test } from 'node:test';
 import { stringify } from 'yaml';
@@ -260,11 +260,12 @@ describe('a log that cannot be had', () => {
         /holds something else than a transaction log/,
       );
       assert.equal(readFileSync(letter, 'utf8'), 'dear reader');
-      await refused([...serve, '--transaction-log', image], 1, /is in use, as a log or as an image/);
+      await refused([...serve, '--transaction-log', image], 1, /disk\.img holds something else/);
       assertSame(readFileSync(image), pattern(MIB, 3));
       await refused([...serve, '--transaction-log', folder], 1, /cannot open the transaction log/);
       await refused([...serve, '--transaction-log-data'], 2, /--transaction-log FILE/);
-      assert.equal(existsSync(join(folder, 's')), false);
+      assert.deepEqual(readdirSync(folder).sort(), ['disk.img', 'letter', 'state']);
+      assert.equal(existsSync(join(folder, 'state', 'disk')), false);
     }));
 
   test('by a second daemon, while the first has it', () =>
