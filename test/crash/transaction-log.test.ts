@@ -18,7 +18,7 @@ import { crashFolders } from '../lab/crash/folders.js';
 import { Random, SEED } from '../lab/crash/random.js';
 import { RecordedGuest } from '../lab/crash/recorded.js';
 import { checkAgainstLog, type Evidence } from '../lab/crash/transactions.js';
-import { recordsOf } from '../support/transaction-log.js';
+import { handleOf, recordsOf } from '../support/transaction-log.js';
 
 const KILLS = Math.ceil(Number(process.env.BLOCKFERRY_CRASH_KILLS ?? 220) / 15);
 const SIZE = 1 << 20;
@@ -216,12 +216,10 @@ describe('the check sees', needs('nbd-trdump', 'nbd-trplay'), () => {
     spoilt(
       'log',
       (bytes) => {
-        const write = recordsOf(bytes).findLast(
-          ({ record }) => record.kind === 'request' && record.command === Command.WRITE,
-        )!;
-        const handle = write.record.kind === 'request' ? write.record.handle : '';
+        const { at: asked } = recordsOf(bytes).findLast(({ payload }) => payload !== null)!;
+        const handle = bytes.toString('hex', asked + 8, asked + 16);
         const { at, end } = recordsOf(bytes).find(
-          ({ record }) => record.kind === 'reply' && record.handle === handle,
+          ({ record }) => record.kind === 'reply' && handleOf(record) === handle,
         )!;
         return Buffer.concat([bytes.subarray(0, at), bytes.subarray(end)]);
       },

@@ -31,6 +31,11 @@ export function recordsOf(log: Buffer): PlacedRecord[] {
   return records;
 }
 
+/** As nbd-trdump shows it. */
+export function handleOf({ hi, lo }: { hi: number; lo: number }): string {
+  return [hi, lo].map((half) => half.toString(16).padStart(8, '0')).join('');
+}
+
 const NAMES = new Map<number, string>(Object.entries(Command).map(([name, command]) => [command, name]));
 
 /** "> 1.2 WRITE 4096+512 1" (handle, command, offset + length, flags if any), "< 1.2 0" (errno), "data on". */
@@ -41,12 +46,11 @@ export function shownLog(path: string): string[] {
 function shown(record: LogRecord): string {
   if (record.kind === 'switch') return `data ${record.withData ? 'on' : 'off'}`;
   if (record.kind === 'chunk') return 'chunk';
-  const { handle } = record;
-  const shownHandle = `${parseInt(handle.slice(0, 8), 16)}.${parseInt(handle.slice(8), 16)}`;
-  if (record.kind === 'reply') return `< ${shownHandle} ${record.errno}`;
+  const { hi, lo } = record;
+  if (record.kind === 'reply') return `< ${hi}.${lo} ${record.errno}`;
   const { command, offset, length, flags } = record;
   const name = NAMES.get(command) ?? command;
-  return `> ${shownHandle} ${name} ${offset}+${length}${flags === 0 ? '' : ` ${flags}`}`;
+  return `> ${hi}.${lo} ${name} ${offset}+${length}${flags === 0 ? '' : ` ${flags}`}`;
 }
 
 type Writev = (fd: number, buffers: Buffer[], done: (error: Error | null, count: number) => void) => void;

@@ -74,13 +74,14 @@ export type LogRecord =
       kind: 'request';
       flags: number;
       command: number;
-      /** The handle, as 16 hexadecimal digits. */
-      handle: string;
+      /** The handle's two halves. */
+      hi: number;
+      lo: number;
       /** Bytes. */
       offset: number;
       length: number;
     }
-  | { kind: 'reply'; handle: string; errno: number }
+  | { kind: 'reply'; hi: number; lo: number; errno: number }
   | { kind: 'switch'; withData: boolean }
   /** The header of a chunk of a structured reply: nbd-server writes them, we do not. */
   | { kind: 'chunk' };
@@ -96,18 +97,21 @@ export function decodeRecord(bytes: Buffer, at: number): LogRecord | 'cut' | 'fo
   if (size === 0) return 'foreign';
   if (left < size) return 'cut';
   if (magic === STRUCTURED_REPLY_MAGIC) return { kind: 'chunk' };
-  const handle = bytes.toString('hex', at + 8, at + 16);
-  if (magic === SIMPLE_REPLY_MAGIC) return { kind: 'reply', handle, errno: bytes.readUInt32BE(at + 4) };
+  const hi = bytes.readUInt32BE(at + 8);
+  const lo = bytes.readUInt32BE(at + 12);
+  if (magic === SIMPLE_REPLY_MAGIC) return { kind: 'reply', hi, lo, errno: bytes.readUInt32BE(at + 4) };
   const length = bytes.readUInt32BE(at + 24);
-  const [offsetHi, offsetLo] = [bytes.readUInt32BE(at + 16), bytes.readUInt32BE(at + 20)];
+  const offsetHi = bytes.readUInt32BE(at + 16);
+  const offsetLo = bytes.readUInt32BE(at + 20);
   if (magic === SWITCH_MAGIC) {
     const ours = offsetHi === SWITCH_OFFSET_HI && offsetLo === SWITCH_OFFSET_LO;
     return ours && bytes.readUInt32BE(at + 4) === SET_DATALOG
       ? { kind: 'switch', withData: length !== 0 }
       : 'foreign';
   }
-  const [flags, command] = [bytes.readUInt16BE(at + 4), bytes.readUInt16BE(at + 6)];
-  return { kind: 'request', flags, command, handle, offset: offsetHi * 0x1_0000_0000 + offsetLo, length };
+  const flags = bytes.readUInt16BE(at + 4);
+  const command = bytes.readUInt16BE(at + 6);
+  return { kind: 'request', flags, command, hi, lo, offset: offsetHi * 0x1_0000_0000 + offsetLo, length };
 }
 
 /** Bytes that the record takes in the log; `withData`: payloads are there. */

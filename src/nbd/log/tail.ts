@@ -1,4 +1,7 @@
-/** Where the whole records of a transaction log end: a daemon that was killed may have left a part of one behind them. */
+/**
+ * Where the whole records of a transaction log end. A daemon that was killed may have left a part of one behind them, and some file
+ * systems leave zeros where a machine crashed.
+ */
 import { readSync } from 'node:fs';
 import { decodeRecord, recordBytes } from '../codec/transaction-log.js';
 
@@ -16,7 +19,10 @@ export function wholeRecordsEnd(fd: number, sizeBytes: number): number | null {
     let at = 0;
     for (;;) {
       const record = decodeRecord(bytes, at);
-      if (record === 'foreign') return null;
+      if (record === 'foreign') {
+        const whole = offset + at;
+        return whole > 0 && onlyZeros(fd, whole, sizeBytes) ? whole : null;
+      }
       if (record === 'cut') break;
       if (record.kind === 'switch') withData = record.withData;
       const size = recordBytes(record, withData);
@@ -28,4 +34,14 @@ export function wholeRecordsEnd(fd: number, sizeBytes: number): number | null {
     offset += at;
   }
   return sizeBytes;
+}
+
+function onlyZeros(fd: number, from: number, sizeBytes: number): boolean {
+  const window = Buffer.alloc(Math.min(WINDOW_BYTES, sizeBytes - from));
+  for (let offset = from; offset < sizeBytes; ) {
+    const count = readSync(fd, window, 0, window.length, offset);
+    if (count === 0 || window.subarray(0, count).some((byte) => byte !== 0)) return false;
+    offset += count;
+  }
+  return true;
 }

@@ -10,7 +10,7 @@ import assert from 'node:assert/strict';
 import { copyFileSync, readFileSync, rmSync } from 'node:fs';
 import { Command } from '../../../src/nbd/constants.js';
 import { attempt, tool } from '../../interop/tools.js';
-import { type PlacedRecord, recordsOf } from '../../support/transaction-log.js';
+import { handleOf, type PlacedRecord, recordsOf } from '../../support/transaction-log.js';
 import type { RecordedGuest, SentChange } from './recorded.js';
 
 const SECTOR_BYTES = 512;
@@ -59,10 +59,10 @@ async function checkDump(log: string, records: readonly PlacedRecord[]): Promise
   const strange = lines.find((line) => !/^([<>] H=|TRACE_OPTION )/.test(line));
   assert.equal(strange, undefined, 'nbd-trdump knows every record');
   const expected = records.flatMap(({ record }) => {
-    if (record.kind === 'reply') return `< H=${record.handle} E=0x${hex(record.errno, 8)}`;
+    if (record.kind === 'reply') return `< H=${handleOf(record)} E=0x${hex(record.errno, 8)}`;
     if (record.kind !== 'request') return [];
-    const { handle, flags, command, offset, length } = record;
-    return `> H=${handle} C=0x${hex(flags * 0x1_0000 + command, 8)} O=${hex(offset, 16)} L=${hex(length, 8)}`;
+    const { flags, command, offset, length } = record;
+    return `> H=${handleOf(record)} C=0x${hex(flags * 0x1_0000 + command, 8)} O=${hex(offset, 16)} L=${hex(length, 8)}`;
   });
   const found = lines.filter((line) => /^[<>]/.test(line)).map((line) => line.replace(/ \([^)]*\)/, ''));
   // The header of a last record whose payload was cut is still shown.
@@ -78,13 +78,15 @@ function answeredRequests(records: readonly PlacedRecord[]): PlacedRecord[] {
   const answered: PlacedRecord[] = [];
   for (const placed of records) {
     const { record } = placed;
+    if (record.kind !== 'request' && record.kind !== 'reply') continue;
+    const handle = handleOf(record);
     if (record.kind === 'request') {
-      assert.ok(!open.has(record.handle), `handle ${record.handle} is used twice at a time`);
-      open.set(record.handle, placed);
-    } else if (record.kind === 'reply') {
-      const request = open.get(record.handle);
-      assert.ok(request !== undefined, `handle ${record.handle} is answered, and was not asked`);
-      open.delete(record.handle);
+      assert.ok(!open.has(handle), `handle ${handle} is used twice at a time`);
+      open.set(handle, placed);
+    } else {
+      const request = open.get(handle);
+      assert.ok(request !== undefined, `handle ${handle} is answered, and was not asked`);
+      open.delete(handle);
       if (record.errno === 0) answered.push(request);
     }
   }

@@ -46,13 +46,12 @@ test('the records, byte by byte as nbd-server has them', () => {
 });
 
 test('decoded they are what was encoded', () => {
-  const handle = '0000000700000008';
   const written = decodeRecord(request(Command.WRITE, 2 ** 52 + 512, 4096), 0);
   assert.deepEqual(written, {
-    ...{ kind: 'request', flags: 1, command: Command.WRITE, handle },
+    ...{ kind: 'request', flags: 1, command: Command.WRITE, hi: 7, lo: 8 },
     ...{ offset: 2 ** 52 + 512, length: 4096 },
   });
-  assert.deepEqual(decodeRecord(reply, 0), { kind: 'reply', handle, errno: 5 });
+  assert.deepEqual(decodeRecord(reply, 0), { kind: 'reply', hi: 7, lo: 8, errno: 5 });
   assert.deepEqual(decodeRecord(off, 0), { kind: 'switch', withData: false });
   assert.ok(typeof written === 'object');
   assert.deepEqual([recordBytes(written, true), recordBytes(written, false)], [28 + 4096, 28]);
@@ -92,6 +91,13 @@ test('payloads and records of any length, across the window that is read', () =>
     assert.equal(endOf(bytes.subarray(0, -1)), bytes.length - 16);
     assert.equal(endOf(bytes.subarray(0, -33)), 28, `the payload of ${size} bytes lacks one`);
   }
+});
+
+test('zeros behind whole records, as a crash of the machine may leave them, do not count', () => {
+  const before = Buffer.concat([on, reply]);
+  for (const zeros of [1, 4, 27, 28, 4096, 3 << 20])
+    assert.equal(endOf(Buffer.concat([before, Buffer.alloc(zeros)])), before.length, `${zeros} bytes`);
+  assert.equal(endOf(Buffer.concat([before, Buffer.alloc(4096), reply])), null);
 });
 
 test('a file that is no log, or goes on as none, is seen', () => {
