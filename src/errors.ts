@@ -10,6 +10,7 @@ export type ErrorCode =
   | 'image-missing'
   | 'image-in-use'
   | 'image-io' // the image failed us
+  | 'transaction-log' // it cannot be opened or written
   | 'no-space'
   | 'state-damaged' // map files or identity cannot be trusted
   | 'state-mismatch' // state exists and belongs to something else

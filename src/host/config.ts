@@ -7,6 +7,7 @@ import { z } from 'zod';
 import { BlockferryError, messageOf } from '../errors.js';
 import { type MachineDefinition, machineDefinitionSchema } from '../hypervisor/driver.js';
 import { CONNECTIONS_MAX, HANDSHAKE_TIMEOUT_MS, HANDSHAKES_MAX } from '../nbd/constants.js';
+import type { TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import { ACCESS_RULES_MAX, type AccessRule, parseAccessRule, unprovable } from '../nbd/server/access.js';
 import type { ClientTlsSettings, ServerTlsSettings, TlsMode } from '../nbd/tls.js';
 import type { ExportPolicy, ListenLimits } from './parts.js';
@@ -62,6 +63,7 @@ const access = z.array(accessRule).max(ACCESS_RULES_MAX);
 
 const CLIENTS_MAX = 65_536;
 const clients = z.number().int().min(1).max(CLIENTS_MAX);
+const transactionLogSchema = z.strictObject({ file: path, data: z.boolean().default(false) });
 
 const configSchema = z.strictObject({
   name: daemonName,
@@ -94,6 +96,7 @@ const configSchema = z.strictObject({
         tlsOnly: z.boolean().default(false),
         access: access.optional(),
         connections: clients.optional(),
+        transactionLog: transactionLogSchema.optional(),
       }),
     )
     .max(VOLUMES_MAX)
@@ -131,7 +134,13 @@ export interface HostConfig {
   migrationAddress: string;
   /** How long a guest may take to power off when the daemon stops. */
   stopTimeoutMs: number;
-  volumes: { name: string; image: string; access?: readonly AccessRule[]; connectionsMax?: number }[];
+  volumes: {
+    name: string;
+    image: string;
+    access?: readonly AccessRule[];
+    connectionsMax?: number;
+    transactionLog?: TransactionLogSettings;
+  }[];
   vms: { definition: MachineDefinition; autostart: boolean }[];
 }
 
@@ -197,11 +206,14 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
     run: absolute(config.run ?? join(stateDir, 'run')),
     migrationAddress: config.migrationAddress,
     stopTimeoutMs: config.stopTimeoutSeconds * 1000,
-    volumes: config.volumes.map(({ name, image, access: rules, connections }) => ({
+    volumes: config.volumes.map(({ name, image, access: rules, connections, transactionLog }) => ({
       name,
       image: absolute(image),
       ...(rules === undefined ? {} : { access: rules }),
       ...(connections === undefined ? {} : { connectionsMax: connections }),
+      ...(transactionLog === undefined
+        ? {}
+        : { transactionLog: { path: absolute(transactionLog.file), data: transactionLog.data } }),
     })),
     vms: config.vms.map(({ autostart, ...definition }) => ({ definition, autostart })),
   };

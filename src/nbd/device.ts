@@ -7,6 +7,8 @@
  * `complete` exactly once, from any later turn of the loop or before it returns.
  */
 
+import type { TransactionLog } from './log/transaction-log.js';
+
 /** Answer of a `...Now` call: it cannot be done without waiting. Every other answer is an NBD errno, 0 for success. */
 export const LATER = -1;
 
@@ -22,6 +24,12 @@ export interface IoRequest {
   readonly at: number;
   /** The session is gone: nobody waits for the answer. `complete` must be called all the same. */
   readonly abandoned: boolean;
+  /**
+   * A change took effect, on `length` bytes at `offset` (TRIM: what was given back, length 0 for nothing). Called in the very step in
+   * which it did, before any other request finds it done; a device that never calls it has its changes recorded when they complete,
+   * which is right if nothing else can change the same bytes in between.
+   */
+  changed(offset: number, length: number): void;
   /** Answers with an NBD errno, 0 for success. Exactly once. */
   complete(errno: number): void;
 }
@@ -46,6 +54,8 @@ export interface BlockDevice {
   readonly preferredBlock: number;
   /** Metadata contexts it can report, e.g. `base:allocation`. */
   readonly contexts: readonly string[];
+  /** Where its requests are recorded, if anywhere. */
+  readonly transactionLog?: TransactionLog | null;
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number;
   /** Never asked with FUA: those go to `write`. */

@@ -16,6 +16,11 @@ import { attempt, needs } from './tools.js';
 const DOCS = fileURLToPath(new URL('../../../docs', import.meta.url));
 const PAGE = join(DOCS, 'operations.md');
 
+const TOOLS = [
+  ...['bash', 'setpriv', 'nbdinfo', 'qemu-io', 'dd', 'truncate', 'cmp'],
+  ...['nbd-trdump', 'nbd-trplay'],
+];
+
 /** Contents of the fenced blocks whose fence says `language`. */
 function blocks(language: string, page = PAGE): string[] {
   const fences = readFileSync(page, 'utf8').matchAll(/^```([^\n]*)\n([\s\S]*?)^```$/gm);
@@ -41,13 +46,15 @@ async function runExamples(page: string): Promise<string> {
 }
 
 describe('docs/operations.md', () => {
-  test('the examples', needs('bash', 'setpriv', 'nbdinfo', 'qemu-io', 'dd', 'truncate'), async () => {
+  test('the examples', needs(...TOOLS), async () => {
     const stdout = await runExamples(PAGE);
     assert.match(stdout, /^67108864$/m, 'nbdinfo --size');
     assert.match(stdout, /^ {2}copy +relocating /m, 'status');
     assert.match(stdout, /^ +14680064 +1048576 +1 +local$/m, 'nbdinfo --map');
     assert.match(stdout, /^copy: plain 100\.0 % of 64 MiB local$/m, 'watch');
     assert.match(stdout, /^identical: 67108864 bytes$/m, 'verify');
+    assert.match(stdout, /^> H=0000000100000001 /m, 'nbd-trdump');
+    assert.match(stdout, /^End of transaction log/m, 'nbd-trplay');
     assert.match(stdout, /^ {2}lost +unavailable .*there is no image/m, 'status of a host');
   });
 

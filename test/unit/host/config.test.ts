@@ -102,6 +102,24 @@ volumes: [{name: d, image: x, tlsOnly: true}, {name: e, image: y}]`;
     assert.deepEqual([...config.tlsOnly], ['d']);
   });
 
+  test('transaction logs', () => {
+    const volumes =
+      'volumes: [{name: a, image: a.img, transactionLog: {file: log/a}}, {name: b, image: b.img,';
+    const config = parseConfig(`name: h\n${volumes} transactionLog: {file: /log/b, data: true}}]`, '/etc');
+    assert.deepEqual(
+      config.volumes.map((volume) => volume.transactionLog),
+      [
+        { path: '/etc/log/a', data: false },
+        { path: '/log/b', data: true },
+      ],
+    );
+    refused('name: h\nvolumes: [{name: a, image: a.img, transactionLog: x}]', /transactionLog/);
+    refused(
+      'name: h\nvolumes: [{name: a, image: a.img, transactionLog: {data: true}}]',
+      /transactionLog\.file/,
+    );
+  });
+
   test('TLS towards sources alone', () => {
     const config = parseConfig('name: a\ntls: {mode: off, certificates: /pki}', '/');
     assert.equal(config.linkTls, null);
