@@ -10,7 +10,6 @@ import net from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { formatNbdUri } from '../../src/nbd/uri.js';
-import { needs } from './tools.js';
 
 export interface PeerServer {
   /** The default export. */
@@ -20,11 +19,6 @@ export interface PeerServer {
   readonly socket: string;
   uriOf(exportName: string): string;
   stop(): Promise<void>;
-}
-
-/** False, or why a test that needs these programs is skipped. */
-export function lacking(...programs: string[]): string | false {
-  return needs(...programs).skip;
 }
 
 /** Starts a server that stays in the foreground; `command` says how, given its directory and socket. */

@@ -10,12 +10,13 @@ import { promisify } from 'node:util';
 import { BlockferryError } from '../../src/errors.js';
 import { NbdClient } from '../../src/nbd/client/client.js';
 import { DaemonProcess, LabHost, runBlockferry } from '../lab/hosts.js';
+import { lacking } from '../lab/programs.js';
 import { makePki, type Pki } from '../support/pki.js';
-import { lacking, overTcp, type PeerServer, startNbdServer, startPeer } from './servers.js';
+import { overTcp, type PeerServer, startNbdServer, startPeer } from './servers.js';
 import { serveTls, tlsKinds } from './tls-kinds.js';
+import { needsLibnbd, PYTHON } from './tools.js';
 
 const run = promisify(execFile);
-const PYTHON = '/usr/bin/python3';
 const IMAGE_BYTES = 8 << 20;
 
 let folder: string;
@@ -109,7 +110,7 @@ for (const kind of KINDS) {
       });
     }
 
-    test("libnbd's Python: TLS required, read, write, flush", { skip: lacking(PYTHON) }, async () => {
+    test("libnbd's Python: TLS required, read, write, flush", needsLibnbd(), async () => {
       const script = `
 import nbd, sys
 h = nbd.NBD()
