@@ -8,7 +8,10 @@ export interface FileOptions {
   readonly readOnly?: boolean;
 }
 
-/** A raw image file or block device. Reports holes (`base:allocation`); TRIM and WRITE_ZEROES punch holes where the file system can. */
+/**
+ * A raw image file or block device. Reports its holes (`base:allocation`), and all of it as local (`qemu:allocation-depth`);
+ * TRIM and WRITE_ZEROES punch holes where the file system can.
+ */
 export interface FileDevice extends BlockDevice {
   /** Of the file, absolute, with links resolved. */
   readonly path: string;
