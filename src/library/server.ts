@@ -5,6 +5,7 @@ import { BlockferryError } from '../errors.js';
 import { parseListenAddress } from '../nbd/address.js';
 import { STRING_BYTES_MAX } from '../nbd/constants.js';
 import type { BlockDevice } from '../nbd/device.js';
+import { ACCESS_RULES_MAX, type AccessRule, parseAccessRule, unprovable } from '../nbd/server/access.js';
 import { defaultOrNamed, type ExportEntry } from '../nbd/server/exports.js';
 import type { Listener } from '../nbd/server/listener.js';
 import type { ServerTlsSettings } from '../nbd/tls.js';
@@ -21,6 +22,13 @@ export interface NbdExport {
   readonly device: BlockDevice;
   /** Shown to and opened for clients behind TLS only. Default: false. */
   readonly tlsOnly?: boolean;
+  /**
+   * Who may do what, up to 256 rules as `read:address=10.0.0.0/8` or `write:certificate=host-a` (docs/operations.md has them all). The first
+   * one that fits counts, and whom none fits sees nothing. Default: everybody may do what the device allows.
+   */
+  readonly access?: readonly string[];
+  /** Clients served at the same time, >= 1. Default: no limit but the server's. */
+  readonly connectionsMax?: number;
 }
 
 /** What to serve, where and to whom. */
@@ -36,8 +44,12 @@ export interface NbdServerOptions {
   readonly tls?: ServerTlsSettings;
   /** A pino logger for faults of clients and devices. Nothing is logged per request. Default: silence. */
   readonly log?: Logger;
-  /** Further clients are cut off. Default: 1024. */
+  /** False: clients are not told the names of exports. Default: true. */
+  readonly listExports?: boolean;
+  /** Clients served at the same time, >= 1; further ones are refused. Default: 1024. */
   readonly connectionsMax?: number;
+  /** Clients that are choosing their export, >= 1; further ones are cut off. Default: 512. */
+  readonly handshakesMax?: number;
   /** For a client to choose its export. Default: 10 000. */
   readonly handshakeTimeoutMs?: number;
   /** For requests in flight to finish when the server is closed; then their connections are cut. Default: 10 000. */
@@ -57,10 +69,14 @@ export class NbdServer {
    * make no sense), 'not-found' when the native addon was not built. It keeps the process alive until it is closed.
    */
   static async listen(options: NbdServerOptions): Promise<NbdServer> {
-    const { exports: given, tls, log, connectionsMax, handshakeTimeoutMs, drainTimeoutMs } = options;
+    const { exports: given, tls, log, drainTimeoutMs } = options;
+    const { listExports, connectionsMax, handshakesMax, handshakeTimeoutMs } = options;
+    const limits = { connectionsMax, handshakesMax, handshakeTimeoutMs, drainTimeoutMs };
+    for (const [name, value] of Object.entries(limits)) checkLimit(name, value);
     const addresses = (options.listen ?? LISTEN_DEFAULT).map(parseListenAddress);
     if (addresses.length === 0) throw new BlockferryError('usage', 'a server needs an address to listen on');
-    const entries = typeof given === 'function' ? () => entriesOf(given()) : constant(entriesOf(given));
+    const entries =
+      typeof given === 'function' ? () => entriesOf(given(), tls) : constant(entriesOf(given, tls));
     const [{ Listener }, { startSession }, { pino }] = await Promise.all([
       import('../nbd/server/listener.js'),
       import('../nbd/server/session.js'), // native code
@@ -76,7 +92,9 @@ export class NbdServer {
       startSession,
       log: log ?? pino({ level: 'silent' }),
       ...(tls === undefined ? {} : { tls }),
+      ...(listExports === undefined ? {} : { listExports }),
       ...(connectionsMax === undefined ? {} : { connectionsMax }),
+      ...(handshakesMax === undefined ? {} : { handshakesMax }),
       ...(handshakeTimeoutMs === undefined ? {} : { handshakeTimeoutMs }),
       ...(drainTimeoutMs === undefined ? {} : { sessionDrainTimeoutMs: drainTimeoutMs }),
     });
@@ -111,10 +129,10 @@ function constant<T>(value: T): () => T {
   return () => value;
 }
 
-function entriesOf(exports: readonly NbdExport[]): ExportEntry[] {
+function entriesOf(exports: readonly NbdExport[], tls: ServerTlsSettings | undefined): ExportEntry[] {
   const names = new Set<string>();
   return exports.map((offer) => {
-    const { name, description = '', device, tlsOnly = false } = offer;
+    const { name, description = '', device, tlsOnly = false, connectionsMax } = offer;
     checkString('the name of an export', name);
     checkString('the description of an export', description);
     if (name === '') throw new BlockferryError('usage', 'an export needs a name');
@@ -122,8 +140,35 @@ function entriesOf(exports: readonly NbdExport[]): ExportEntry[] {
     names.add(name);
     const { size, readOnly, contexts, preferredBlock, multiConn } = device;
     const facts = { size, readOnly, contexts, preferredBlock, multiConn };
-    return { name, description, ...facts, tlsOnly, open: () => device };
+    checkLimit('connectionsMax', connectionsMax);
+    return {
+      ...{ name, description, ...facts, tlsOnly, open: () => device },
+      ...(offer.access === undefined ? {} : { access: rulesOf(name, offer.access, tls) }),
+      ...(connectionsMax === undefined ? {} : { connectionsMax }),
+    };
   });
+}
+
+function rulesOf(
+  name: string,
+  texts: readonly string[],
+  tls: ServerTlsSettings | undefined,
+): readonly AccessRule[] {
+  if (texts.length > ACCESS_RULES_MAX)
+    throw new BlockferryError('usage', `export '${name}' has more than ${ACCESS_RULES_MAX} access rules`);
+  const rules = texts.map(parseAccessRule);
+  const kind = unprovable(rules, tls);
+  if (kind !== undefined)
+    throw new BlockferryError(
+      'usage',
+      `no client can prove the ${kind} that an access rule of export '${name}' asks for: see the option tls`,
+    );
+  return rules;
+}
+
+function checkLimit(name: string, value: number | undefined): void {
+  if (value !== undefined && !(Number.isSafeInteger(value) && value >= 1))
+    throw new BlockferryError('usage', `${name} is ${value}, not a whole number from 1 on`);
 }
 
 function checkString(what: string, text: string): void {

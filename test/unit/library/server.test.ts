@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
+import { BlockferryError } from '../../../src/errors.js';
 import { createDevice } from '../../../src/library/device.js';
 import { openFile } from '../../../src/library/file.js';
 import { type NbdExport, NbdServer } from '../../../src/library/server.js';
@@ -143,6 +144,15 @@ describe('NbdServer', () => {
     await refused({ listen, exports: [blank('a\0b')] }, { code: 'usage', message: /NUL/ });
     await refused({ listen, exports: [blank('é'.repeat(2049))] }, { code: 'usage' });
     await refused({ listen: [], exports: [] }, { code: 'usage' });
+    await refused(
+      { listen, exports: [], connectionsMax: 0 },
+      { code: 'usage', message: /connectionsMax is 0/ },
+    );
+    await refused({ listen, exports: [], drainTimeoutMs: Number.NaN }, { code: 'usage' });
+    const ruled = (...access: string[]) => ({ listen, exports: [{ ...blank('a'), access }] });
+    await refused(ruled('everybody'), { code: 'usage', message: /GRADE/ });
+    await refused(ruled('read:psk=alice'), { code: 'usage', message: /no client can prove the psk/ });
+    await refused(ruled(...Array<string>(257).fill('read')), { code: 'usage', message: /256/ });
     await refused({ listen: ['nowhere'], exports: [] }, { code: 'address' });
     await refused({ listen, exports: [], tls: { mode: 'required' } }, { code: 'usage' });
     const server = await NbdServer.listen({ listen, exports: [] });
@@ -150,12 +160,45 @@ describe('NbdServer', () => {
     await server.close();
   });
 
-  test('a limit on connections', async () => {
-    const server = await NbdServer.listen({ listen: [unix()], exports: [blank('a')], connectionsMax: 1 });
-    const client = await NbdClient.connect(server.uris()[0]!);
-    await assert.rejects(NbdClient.connect(server.uris()[0]!), { code: 'closed' });
-    await client.close();
-    await server.close();
+  test('limits on connections', async () => {
+    for (const [ofServer, ofExport] of [
+      [{ connectionsMax: 1 }, {}],
+      [{}, { connectionsMax: 1 }],
+    ]) {
+      const exports = [{ ...blank('a'), ...ofExport }];
+      const server = await NbdServer.listen({ listen: [unix()], exports, ...ofServer });
+      const client = await NbdClient.connect(server.uris()[0]!);
+      await assert.rejects(NbdClient.connect(server.uris()[0]!), BlockferryError);
+      await client.close();
+      await server.close();
+    }
+  });
+
+  test('access rules: who sees what, and names that are not told', async () => {
+    const memory = Buffer.alloc(1000);
+    const device = createDevice({
+      size: memory.length,
+      read: (offset, buffer) => void memory.copy(buffer, 0, offset),
+      write: (offset, buffer) => void buffer.copy(memory, offset),
+    });
+    const exports = [
+      { name: 'shared', device, access: ['write:unix', 'read'] },
+      { name: 'local', device, access: ['write:unix'] },
+    ];
+    const server = await NbdServer.listen({ listen: [unix(), '127.0.0.1:0'], exports, listExports: false });
+    try {
+      const connect = (name: string, index: number) => NbdClient.connect(server.uris(name)[index]!);
+      const clients = await Promise.all([connect('shared', 0), connect('shared', 1), connect('local', 0)]);
+      assert.deepEqual(
+        clients.map(({ info }) => info.readOnly),
+        [false, true, false],
+      );
+      await assert.rejects(connect('local', 1), { code: 'not-found' });
+      await assert.rejects(NbdClient.list(server.uris()[0]!), { code: 'source-io' });
+      await Promise.all(clients.map((client) => client.close()));
+    } finally {
+      await server.close();
+    }
   });
 });
 
