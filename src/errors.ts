@@ -32,6 +32,7 @@ export type ErrorCode =
   | 'bench' // a server under load failed, or cannot be measured
   | 'timeout';
 
+/** What everything of blockferry throws and rejects with. `message` is one line; `cause` is the error below it, if there is one. */
 export class BlockferryError extends Error {
   override readonly name = 'BlockferryError';
   constructor(

@@ -79,6 +79,7 @@ export const Command = {
   BLOCK_STATUS: 7,
 } as const;
 
+/** Command flags, 16 bits. */
 export const CommandFlag = {
   FUA: 1 << 0,
   NO_HOLE: 1 << 1,
@@ -113,6 +114,7 @@ export const Errno = {
 
 /** Status bits of `base:allocation`. */
 export const Allocation = { HOLE: 1, ZERO: 2 } as const;
+/** The context that tells holes and zeroes. */
 export const BASE_ALLOCATION = 'base:allocation';
 /** Source: QEMU, docs/interop/nbd.txt. The status is the depth in a chain: 0 unallocated, 1 here, 2 in the layer behind. */
 export const ALLOCATION_DEPTH = 'qemu:allocation-depth';

@@ -12,6 +12,7 @@ import type { TransactionLog } from './log/transaction-log.js';
 /** Answer of a `...Now` call: it cannot be done without waiting. Every other answer is an NBD errno, 0 for success. */
 export const LATER = -1;
 
+/** A request that waits for its answer. The session uses the object again once it is complete: keep nothing of it. */
 export interface IoRequest {
   /** Bytes from the start of the device. Bounds were checked by the session: offset + length <= size. */
   readonly offset: number;
@@ -34,6 +35,7 @@ export interface IoRequest {
   complete(errno: number): void;
 }
 
+/** BLOCK_STATUS: at least one extent is added before it is completed with success. */
 export interface StatusRequest extends IoRequest {
   /** Name of one of the device's contexts. Asked once per selected context. */
   readonly context: string;
@@ -43,6 +45,7 @@ export interface StatusRequest extends IoRequest {
   extent(length: number, status: number): void;
 }
 
+/** A disk that sessions serve. All sessions may call it at any time; it must not throw. */
 export interface BlockDevice {
   /** Bytes. */
   readonly size: number;
