@@ -144,7 +144,14 @@ export class BlockStore {
 
   // Writes
 
-  writeNow(offset: number, length: number, buffer: Buffer, at: number): number {
+  /** `request`: whose write it is, if it has one. */
+  writeNow(
+    offset: number,
+    length: number,
+    buffer: Buffer,
+    at: number,
+    request: IoRequest | null = null,
+  ): number {
     if (this.#gate.kind !== 'open') return this.#gate.kind === 'refused' ? this.#gate.errno : LATER;
     const first = blockAt(offset);
     const end = blocksOf(offset + length);
@@ -152,13 +159,14 @@ export class BlockStore {
     if (this.presence !== null && this.#missingEdge(offset, length) !== NO_BLOCK) return LATER;
     const done = this.image.write(buffer, at, length, offset);
     if (done !== 0) return errnoOfSystem(done);
+    if (request !== null) request.changed(offset, length); // first: those who waited for these blocks change them at once
     if (this.presence !== null) this.#arrived(first, end);
     return Errno.OK;
   }
 
   write(request: IoRequest): void {
     if (!this.#mayChange(request, request.offset, request.length, this.#retryWrite)) return;
-    const done = this.writeNow(request.offset, request.length, request.buffer, request.at);
+    const done = this.writeNow(request.offset, request.length, request.buffer, request.at, request);
     this.#answerChange(request, done);
   }
 
@@ -202,14 +210,22 @@ export class BlockStore {
   }
 
   /** A change of the image by a thread, which holds a lock. It stops early when nobody wants it, or nobody may change anything any more. */
-  #inPieces(
+  async #inPieces(
     request: IoRequest,
     offset: number,
     length: number,
     step: (offset: number, length: number) => Promise<number>,
   ): Promise<number> {
     const goesOn = () => !request.abandoned && this.#gate.kind !== 'refused';
-    return inPieces(offset, length, step, goesOn, -native.ERRNO.EPERM);
+    let changed = 0;
+    const counted = async (at: number, bytes: number) => {
+      const done = await step(at, bytes);
+      if (done === 0) changed += bytes;
+      return done;
+    };
+    const done = await inPieces(offset, length, counted, goesOn, -native.ERRNO.EPERM);
+    if (changed > 0) request.changed(offset, changed);
+    return done;
   }
 
   trim(request: IoRequest): void {
@@ -218,6 +234,7 @@ export class BlockStore {
     const past = request.offset + request.length;
     const end = past === this.image.size ? this.blocks : blockAt(past);
     if (first >= end) {
+      if (this.#gate.kind !== 'refused') request.changed(request.offset, 0);
       request.complete(this.#gate.kind === 'refused' ? this.#gate.errno : Errno.OK);
     } else if (
       this.#mayChange(
@@ -233,16 +250,16 @@ export class BlockStore {
 
   async #trimOnThread(request: IoRequest, first: number, end: number): Promise<void> {
     const lock = this.#locks.lock(first, end);
-    let punched = true;
+    const offset = first * BLOCK_BYTES;
     const bytes = bytesOfBlocks(first, end, this.image.size);
-    const done = await this.#inPieces(request, first * BLOCK_BYTES, bytes, async (at, piece) => {
-      if (!punched) return 0;
+    const done = await this.#inPieces(request, offset, bytes, async (at, piece) => {
       const result = await this.image.punch(at, piece);
-      punched = result !== false;
-      return result === false ? 0 : result;
+      return result === false ? -native.ERRNO.EOPNOTSUPP : result;
     });
-    this.#unlock(lock, done === 0 && punched);
-    this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
+    const unable = done === -native.ERRNO.EOPNOTSUPP;
+    if (unable) request.changed(offset, 0);
+    this.#unlock(lock, done === 0);
+    this.#answerChange(request, done === 0 || unable ? Errno.OK : errnoOfSystem(done));
   }
 
   /** Whether a change may go ahead at this moment; if not, it was answered, or waits and is tried again. */

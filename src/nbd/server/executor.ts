@@ -14,6 +14,7 @@ import {
   type ReplyForm,
 } from '../constants.js';
 import { type BlockDevice, LATER } from '../device.js';
+import type { Recorder } from '../log/recorder.js';
 import type { SelectedContext } from './contexts.js';
 import type { RequestHead } from './head.js';
 import type { Output } from './output.js';
@@ -57,14 +58,18 @@ export class Executor implements RequestOwner {
     private readonly log: Logger,
     /** A request was completed. */
     private readonly onCompleted: () => void,
+    /** What a transaction log is told; null: there is none. */
+    readonly record: Recorder | null,
   ) {
     this.extended = form === 'extended';
-    this.#finds = form !== 'simple' && device.zeroesNow !== undefined;
+    // A log records a READ as it was sent, and as one.
+    this.#finds = form !== 'simple' && device.zeroesNow !== undefined && record === null;
   }
 
   /** Whether a request that needs `bytes` of memory may begin. */
   admits(bytes: number): boolean {
     if (this.active >= IN_FLIGHT_REQUESTS_MAX) return false;
+    if (this.record?.full) return false;
     const used = this.bytes + this.output.bytes;
     return used === 0 || used + bytes <= IN_FLIGHT_BYTES_MAX;
   }
@@ -72,7 +77,9 @@ export class Executor implements RequestOwner {
   /** Half of what the limits allow is free. */
   get roomy(): boolean {
     return (
-      this.active <= IN_FLIGHT_REQUESTS_MAX / 2 && this.bytes + this.output.bytes <= IN_FLIGHT_BYTES_MAX / 2
+      this.active <= IN_FLIGHT_REQUESTS_MAX / 2 &&
+      this.bytes + this.output.bytes <= IN_FLIGHT_BYTES_MAX / 2 &&
+      !this.record?.full
     );
   }
 
@@ -89,8 +96,10 @@ export class Executor implements RequestOwner {
   }
 
   read(head: RequestHead): void {
-    if (head.length === 0) this.replies.emptyRead(head);
-    else if (head.length < HOLE_READ_BYTES_MIN || !this.#finds || !this.#hole(head)) this.#readData(head);
+    if (head.length === 0) {
+      this.record?.answered(head, Errno.OK);
+      this.replies.emptyRead(head);
+    } else if (head.length < HOLE_READ_BYTES_MIN || !this.#finds || !this.#hole(head)) this.#readData(head);
     if (this.#deferred.length > 0) this.#completeDeferred();
   }
 
@@ -126,6 +135,7 @@ export class Executor implements RequestOwner {
       const headerBytes = this.replies.dataHeaderBytes;
       const at = output.reserve(headerBytes + length);
       const errno = this.#readNow(offset, length, output.buffer, at + headerBytes);
+      if (this.record !== null && errno !== LATER) this.record.answered(head, errno);
       if (errno === Errno.OK) {
         this.replies.dataHeader(output.buffer, at, head, offset, length);
         output.advance(headerBytes + length);
@@ -138,6 +148,7 @@ export class Executor implements RequestOwner {
     const { offset, length } = head;
     const slab = this.pool.take(length);
     const errno = this.#readNow(offset, length, slab.buffer, HEAD_ROOM);
+    if (this.record !== null && errno !== LATER) this.record.answered(head, errno);
     if (errno === Errno.OK) this.replies.data(head, offset, length, slab);
     else if (errno === LATER) {
       this.bytes += slab.buffer.length;
@@ -174,19 +185,27 @@ export class Executor implements RequestOwner {
 
   /** FLUSH, TRIM, CACHE, WRITE_ZEROES. */
   command(head: RequestHead): void {
-    if (head.length === 0 && head.command !== Command.FLUSH) this.#answer(head, Errno.OK);
-    else this.#hand(head, null);
+    if (head.length === 0 && head.command !== Command.FLUSH) {
+      this.record?.answered(head, Errno.OK);
+      this.#answer(head, Errno.OK);
+    } else this.#hand(head, null);
   }
 
   /** BLOCK_STATUS in these contexts, at least one. */
   status(head: RequestHead, contexts: readonly SelectedContext[]): void {
     const reply = { waiting: contexts.length, errno: Errno.OK as number };
+    const number = this.record === null ? 0 : this.record.begin(head);
     const extentsMax = (head.flags & CommandFlag.REQ_ONE) !== 0 ? 1 : EXTENTS_MAX;
     for (const { id, name } of contexts) {
       const request = this.#begin(head, this.takeSlab(0));
+      request.number = number;
       request.beginStatus(name, id, extentsMax, reply);
       this.#give(request);
     }
+  }
+
+  changed(request: Request, offset: number, length: number): void {
+    if (this.record !== null && !request.recorded) this.record.changed(request, offset, length);
   }
 
   completed(request: Request, errno: number): void {
@@ -197,6 +216,7 @@ export class Executor implements RequestOwner {
     }
     this.active--;
     this.bytes -= request.charged;
+    if (this.record !== null && request.reply === null) this.record.completed(request, errno, !this.silent);
     if (request.reply !== null) this.#statusDone(request, errno);
     else if (request.command === Command.READ && errno === Errno.OK && !this.silent) {
       this.replies.data(request, request.offset, request.length, request.slab!);
@@ -223,6 +243,7 @@ export class Executor implements RequestOwner {
     const failure = errno !== Errno.OK || request.extents > 0 ? errno : Errno.EIO;
     if (reply.errno === Errno.OK) reply.errno = failure;
     const last = --reply.waiting === 0;
+    if (this.record !== null && last && !this.silent) this.record.reply(request, reply.errno);
     if (reply.errno === Errno.OK && !this.silent) {
       this.replies.status(request, last);
       return;
@@ -250,6 +271,7 @@ export class Executor implements RequestOwner {
 
   #writeNow(head: RequestHead, payload: Buffer, at: number): number {
     if ((head.flags & CommandFlag.FUA) !== 0) return LATER;
+    if (this.record !== null) return this.#recordedWriteNow(this.record, head, payload, at);
     try {
       return this.device.writeNow(head.offset, head.length, payload, at);
     } catch (error) {
@@ -258,9 +280,25 @@ export class Executor implements RequestOwner {
     }
   }
 
+  #recordedWriteNow(record: Recorder, head: RequestHead, payload: Buffer, at: number): number {
+    record.tryWrite(head, payload, at);
+    let errno: number = Errno.EIO;
+    try {
+      errno = this.device.writeNow(head.offset, head.length, payload, at);
+    } catch (error) {
+      this.#fault(error);
+    }
+    if (errno === Errno.OK) record.wrote();
+    else record.takeBackWrite();
+    if (errno !== Errno.OK && errno !== LATER) record.answered(head, errno);
+    return errno;
+  }
+
   /** Gives a request to the device; the slab was counted by `takeSlab`. */
   #hand(head: RequestHead, slab: Slab | null): void {
-    this.#give(this.#begin(head, slab));
+    const request = this.#begin(head, slab);
+    if (this.record !== null) request.number = this.record.begin(head);
+    this.#give(request);
   }
 
   #begin(head: RequestHead, slab: Slab | null): Request {

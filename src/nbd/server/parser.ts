@@ -123,16 +123,17 @@ export class RequestParser {
 
   /** Begins the request of the header, with what follows it in the chunk from `at` on. */
   #begin(chunk: Buffer, at: number, end: number): number {
-    const { executor, replies } = this;
+    const { executor } = this;
     const head = this.#head;
     const { command } = head;
     if (command === Command.DISC) {
       this.over = 'disconnected';
+      executor.record?.disconnected(head);
       return at;
     }
     if (head.payload > 0) return this.#beginPayload(chunk, at, end);
     const refusal = this.#refusalOf(head.length);
-    if (refusal !== null) replies.error(head, refusal);
+    if (refusal !== null) this.#refuse(refusal);
     else if (command === Command.READ) executor.read(head);
     else if (command === Command.BLOCK_STATUS) executor.status(head, this.contexts);
     else executor.command(head);
@@ -187,7 +188,7 @@ export class RequestParser {
     const head = this.#head;
     const state = this.#state;
     this.#state = HEADER;
-    if (state === SKIP) this.replies.error(head, this.#refusal!);
+    if (state === SKIP) this.#refuse(this.#refusal!);
     else if (state === FILTER) this.#filteredStatus();
     else {
       const slab = this.#slab!;
@@ -196,12 +197,17 @@ export class RequestParser {
     }
   }
 
+  #refuse(refusal: Refusal): void {
+    this.executor.record?.answered(this.#head, refusal.errno);
+    this.replies.error(this.#head, refusal);
+  }
+
   #filteredStatus(): void {
     const head = this.#head;
     const wanted = filterContexts(this.contexts, this.#filter!.subarray(0, head.payload));
     const refusal = wanted === null ? WRONG_FILTER : this.#refusalOf(wanted.length);
     if (refusal !== null) {
-      this.replies.error(head, refusal);
+      this.#refuse(refusal);
       return;
     }
     head.length = wanted!.length;

@@ -18,6 +18,7 @@ import type net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { Logger } from 'pino';
 import type { BlockDevice } from '../device.js';
+import { Recorder } from '../log/recorder.js';
 import type { Session as ConnectionSession, SessionParameters } from './connection.js';
 import { Executor } from './executor.js';
 import { Output } from './output.js';
@@ -62,6 +63,7 @@ class TransmissionSession implements Session, Sink {
   readonly #log: Logger;
   readonly #complain: (kind: string, detail: string) => void;
   readonly #output: Output;
+  readonly #record: Recorder | null;
   readonly #executor: Executor;
   readonly #parser: RequestParser;
   readonly #reception: Reception;
@@ -89,13 +91,17 @@ class TransmissionSession implements Session, Sink {
     this.#device = device;
     this.#log = log;
     this.#complain = (kind, detail) => parameters.complain?.(kind, detail);
-    const { size, readOnly } = device;
+    const { size } = device;
+    const readOnly = device.readOnly || parameters.readOnly === true;
     const fastZero = device.fastZero ?? false;
     const rules = new Rules({ size, readOnly, fastZero, form, hasContexts: contexts.length > 0 });
     const output = new Output(slabs, this.#turn);
     const replies = new Replies(output, slabs, form);
     this.#output = output;
-    this.#executor = new Executor(slabs, device, form, output, replies, log, this.#schedule);
+    const { transactionLog = null } = device;
+    this.#record = transactionLog === null ? null : new Recorder(transactionLog, this.#turn);
+    output.gate = this.#record;
+    this.#executor = new Executor(slabs, device, form, output, replies, log, this.#schedule, this.#record);
     this.#parser = new RequestParser(rules, this.#executor, replies, contexts, form === 'extended');
     this.#reception = new Reception(socket, rest, this);
     this.#reception.start();
@@ -146,6 +152,7 @@ class TransmissionSession implements Session, Sink {
     this.#held = null;
     this.#parser.drop();
     this.#output.release();
+    this.#record?.close();
     this.#release();
     this.#advance();
   }
