@@ -60,7 +60,9 @@ export class GuestDevice implements BlockDevice {
     else request.complete(Errno.EPERM);
   }
 
-  release(): void {}
+  release(): void {
+    this.#store.dropAbandoned();
+  }
 }
 
 /**
@@ -119,5 +121,7 @@ export class LinkDevice implements BlockDevice {
     else this.#store.status(request);
   }
 
-  release(): void {}
+  release(): void {
+    this.#store.dropAbandoned();
+  }
 }

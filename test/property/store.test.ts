@@ -93,6 +93,8 @@ class World implements Supplier {
     this.#fetch(first, end);
   }
 
+  dropAbandoned(): void {}
+
   readThrough(request: Io): void {
     this.#through.push(request);
   }

@@ -135,6 +135,8 @@ export class HeldSource implements Supplier {
     this.prefetches.push([first, end]);
   }
 
+  dropAbandoned(): void {}
+
   readThrough(request: IoRequest): void {
     this.through.push(request);
   }

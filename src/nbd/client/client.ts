@@ -42,6 +42,8 @@ export const CLOSE_TIMEOUT_MS = 10_000;
 export const OVERTAKEN_MAX = 10;
 /** Looks for overdue requests in one `requestTimeoutMs`. */
 const SWEEPS = 8;
+/** A server that lets fewer bytes drip than this, and completes no answer, counts as silent. */
+export const HEARD_BYTES_MIN = 1024;
 const U32_MAX = 0xffffffff;
 
 export interface NbdClientOptions extends ConnectLimits {
@@ -50,7 +52,7 @@ export interface NbdClientOptions extends ConnectLimits {
   /** Fail ('source-io') rather than connect without structured replies. */
   readonly requireStructured?: boolean;
   /**
-   * A request unanswered for so long, while nothing else came either, ends the connection ('timeout'): many long requests on a slow
+   * A request unanswered for so long, while nothing else came either (or next to nothing, HEARD_BYTES_MIN), ends the connection ('timeout'): many long requests on a slow
    * connection are no fault. One request may be overtaken by others for OVERTAKEN_MAX times as long. Default: none. Exact to an eighth.
    */
   readonly requestTimeoutMs?: number;
@@ -95,6 +97,9 @@ export class NbdClient implements Receiver {
   #sweep: NodeJS.Timeout | null = null;
   /** Sweeps since something came. Not a time: in a process that was stopped, the answers may be there and just not read yet. */
   #silentSweeps = 0;
+  /** Bytes since then, and what `#table.settled` was then. */
+  #heardBytes = 0;
+  #settledThen = 0;
 
   private constructor(connection: Connection, info: ExportInfo, requestTimeoutMs: number | undefined) {
     this.info = info;
@@ -257,13 +262,20 @@ export class NbdClient implements Receiver {
   /** For the connection. */
   received(bytes: Buffer, length: number): void {
     if (this.#state === 'closed') return;
-    this.#silentSweeps = 0;
+    this.#heardBytes += length;
     try {
       this.#reader.receive(bytes, length);
+      if (this.#heardBytes >= HEARD_BYTES_MIN || this.#table.settled !== this.#settledThen) this.#heard();
     } catch (error) {
       const known = error instanceof BlockferryError ? error : protocolError(messageOf(error));
       this.#over(new BlockferryError(known.code, `${this.#peer}: ${known.message}`, { cause: error }));
     }
+  }
+
+  #heard(): void {
+    this.#silentSweeps = 0;
+    this.#heardBytes = 0;
+    this.#settledThen = this.#table.settled;
   }
 
   /** For the connection. */

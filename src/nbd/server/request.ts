@@ -18,6 +18,8 @@ export interface RequestOwner {
   readonly pool: SlabPool;
   /** The session is gone. */
   readonly abandoned: boolean;
+  /** So is the client: nothing can be sent. */
+  readonly silent: boolean;
   completed(request: Request, errno: number): void;
   completedTwice(): void;
 }
@@ -60,7 +62,8 @@ export class Request implements StatusRequest {
   constructor(private readonly owner: RequestOwner) {}
 
   get abandoned(): boolean {
-    return this.owner.abandoned;
+    // Behind a DISC changes are carried out, but what was read has nobody to go to.
+    return this.owner.abandoned || (this.owner.silent && this.command === Command.READ);
   }
 
   begin(head: RequestHead, slab: Slab | null): void {
