@@ -166,3 +166,5 @@ export const KEEPALIVE_IDLE_MS = 7_200_000;
 /** Requests and payload bytes one session may have in flight before we stop reading from it. */
 export const IN_FLIGHT_REQUESTS_MAX = 1024;
 export const IN_FLIGHT_BYTES_MAX = 128 << 20;
+/** The same for all sessions of a thread together; beyond it each may still have one request. */
+export const IN_FLIGHT_BYTES_TOTAL_MAX = 512 << 20;

@@ -81,6 +81,9 @@ export interface BlockDevice {
   zero(request: IoRequest): void;
   cache(request: IoRequest): void;
   status(request: StatusRequest): void;
-  /** The session is over: its requests are abandoned. Called once per session. */
+  /**
+   * The session is over. Those of its requests that are `abandoned` should be completed soon, whatever they wait for: they keep
+   * the session's place among the connections. Called once per session.
+   */
   release(): void;
 }

@@ -69,7 +69,9 @@ export class GuestDevice implements BlockDevice {
     else request.complete(Errno.EPERM);
   }
 
-  release(): void {}
+  release(): void {
+    this.#store.dropAbandoned();
+  }
 }
 
 /**
@@ -132,5 +134,7 @@ export class LinkDevice implements BlockDevice {
     else this.#store.status(request);
   }
 
-  release(): void {}
+  release(): void {
+    this.#store.dropAbandoned();
+  }
 }

@@ -33,6 +33,8 @@ export interface Supplier {
   readThrough(request: IoRequest): void;
   /** Blocks of [first, end) are likely to be wanted. */
   prefetch(first: number, end: number): void;
+  /** A session is over: what waits for the source, and is wanted by nobody else, need not come. */
+  dropAbandoned(): void;
 }
 
 /** Whether the guest may write: yes; no, with this errno; or after `ask`, when the request is tried again. */
@@ -448,6 +450,17 @@ export class BlockStore {
       if (retry === this.#retryRead && this.supplier !== null) this.supplier.readThrough(request);
       else request.complete(Errno.ENOSPC);
     }
+  }
+
+  /** Whether a request waits for a block of [first, end). */
+  awaits(first: number, end: number): boolean {
+    return this.#parking.has(first, end);
+  }
+
+  /** A session is over: what it has waiting for blocks is answered now, not when they come. They may not come for a long time. */
+  dropAbandoned(): void {
+    for (const { request } of this.#parking.takeAbandoned()) request.complete(Errno.EIO);
+    this.supplier?.dropAbandoned();
   }
 
   /** Tries what waits for blocks of [first, end) again: what was fetched for them was not kept. */

@@ -36,6 +36,8 @@ export const CLOSE_TIMEOUT_MS = 10_000;
 export const OVERTAKEN_MAX = 10;
 /** Looks for overdue requests in one `requestTimeoutMs`. */
 const SWEEPS = 8;
+/** A server that lets fewer bytes drip than this, and completes no answer, counts as silent. */
+export const HEARD_BYTES_MIN = 1024;
 const U32_MAX = 0xffffffff;
 
 /** How to connect, and what to ask for. */
@@ -47,7 +49,7 @@ export interface NbdClientOptions extends ConnectLimits {
   /** Ask for extended headers, which take requests longer than 4 GiB; `info.extended` says whether the server has them. Default: true. */
   readonly extendedHeaders?: boolean;
   /**
-   * A request unanswered for so long, while nothing else came either, ends the connection ('timeout'): many long requests on a slow
+   * A request unanswered for so long, while nothing else came either (or next to nothing, HEARD_BYTES_MIN), ends the connection ('timeout'): many long requests on a slow
    * connection are no fault. One request may be overtaken by others for OVERTAKEN_MAX times as long. Default: none. Exact to an eighth.
    */
   readonly requestTimeoutMs?: number;
@@ -111,6 +113,9 @@ export class NbdClient {
   #sweep: NodeJS.Timeout | null = null;
   /** Sweeps since something came. Not a time: in a process that was stopped, the answers may be there and just not read yet. */
   #silentSweeps = 0;
+  /** Bytes since then, and what `#table.settled` was then. */
+  #heardBytes = 0;
+  #settledThen = 0;
 
   private constructor(connection: Connection, info: ExportInfo, requestTimeoutMs: number | undefined) {
     this.info = info;
@@ -327,13 +332,20 @@ export class NbdClient {
 
   #received(bytes: Buffer, length: number): void {
     if (this.#state === 'closed') return;
-    this.#silentSweeps = 0;
+    this.#heardBytes += length;
     try {
       this.#reader.receive(bytes, length);
+      if (this.#heardBytes >= HEARD_BYTES_MIN || this.#table.settled !== this.#settledThen) this.#heard();
     } catch (error) {
       const known = error instanceof BlockferryError ? error : protocolError(messageOf(error));
       this.#over(new BlockferryError(known.code, `${this.#peer}: ${known.message}`, { cause: error }));
     }
+  }
+
+  #heard(): void {
+    this.#silentSweeps = 0;
+    this.#heardBytes = 0;
+    this.#settledThen = this.#table.settled;
   }
 
   #ended(error: Error | null): void {

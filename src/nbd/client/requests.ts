@@ -110,6 +110,8 @@ export class RequestTable {
   /** Stack of the indexes of empty slots. */
   readonly #free: number[] = [];
   #active = 0;
+  /** Requests settled, ever. */
+  settled = 0;
   /** Fragments all reads hold together (Coverage.fragments). */
   fragments = 0;
   /** Called when the last request is settled. */
@@ -160,6 +162,7 @@ export class RequestTable {
     request.reset();
     this.#free.push(request.index);
     this.#active--;
+    this.settled++;
     if (failure === null) request.resolve(extents);
     else request.reject(failure);
     if (shutdown) this.onShutdown?.();

@@ -10,6 +10,7 @@ import {
   CommandFlag,
   Errno,
   IN_FLIGHT_BYTES_MAX,
+  IN_FLIGHT_BYTES_TOTAL_MAX,
   IN_FLIGHT_REQUESTS_MAX,
   type ReplyForm,
 } from '../constants.js';
@@ -27,8 +28,14 @@ import { failureOf } from './validate.js';
 const SHARED_READ_BYTES_MAX = 128 << 10;
 /** Zeros of so many bytes are worth a question to the device, and a chunk of their own. */
 export const HOLE_READ_BYTES_MIN = 64 << 10;
+/** Bytes read for one session in one turn, before the other sessions have theirs; a BLOCK_STATUS counts as STATUS_BYTES. */
+const TURN_BYTES_MAX = 4 << 20;
+const STATUS_BYTES = 64 << 10;
 /** Request objects kept for reuse. */
 const SPARE_REQUESTS_MAX = 256;
+
+/** Memory bound by all sessions of this thread, as of the last `count` of each, bytes. */
+let boundBytes = 0;
 
 export class Executor implements RequestOwner {
   /** Requests the device has. */
@@ -48,6 +55,9 @@ export class Executor implements RequestOwner {
   readonly #deferred: Request[] = [];
   readonly #spare: Request[] = [];
   #faultLogged = false;
+  /** This session's part of `boundBytes`. */
+  #countedBytes = 0;
+  #turnBytes = 0;
 
   constructor(
     readonly pool: SlabPool,
@@ -66,21 +76,43 @@ export class Executor implements RequestOwner {
     this.#finds = form !== 'simple' && device.zeroesNow !== undefined && record === null;
   }
 
-  /** Whether a request that needs `bytes` of memory may begin. */
-  admits(bytes: number): boolean {
-    if (this.active >= IN_FLIGHT_REQUESTS_MAX) return false;
-    if (this.record?.full) return false;
-    const used = this.bytes + this.output.bytes;
-    return used === 0 || used + bytes <= IN_FLIGHT_BYTES_MAX;
+  /** Memory bound in requests, and in answers the client has not taken, bytes. */
+  get usedBytes(): number {
+    return this.bytes + this.output.bytes;
   }
 
-  /** Half of what the limits allow is free. */
+  /** Tells the other sessions of this thread how much memory this one binds. */
+  count(): void {
+    const used = this.usedBytes;
+    boundBytes += used - this.#countedBytes;
+    this.#countedBytes = used;
+  }
+
+  beginTurn(): void {
+    this.#turnBytes = 0;
+  }
+
+  /** It is the other sessions' turn. */
+  get turnOver(): boolean {
+    return this.#turnBytes > TURN_BYTES_MAX;
+  }
+
+  /** Whether a request that needs `bytes` of memory may begin. */
+  admits(bytes: number): boolean {
+    if (this.active >= IN_FLIGHT_REQUESTS_MAX || this.turnOver || this.record?.full) return false;
+    const used = this.usedBytes;
+    if (used === 0) return true;
+    const ofOthers = boundBytes - this.#countedBytes;
+    return used + bytes <= IN_FLIGHT_BYTES_MAX && ofOthers + used + bytes <= IN_FLIGHT_BYTES_TOTAL_MAX;
+  }
+
+  /** Half of what the limits allow is free; then any request is admitted. */
   get roomy(): boolean {
-    return (
-      this.active <= IN_FLIGHT_REQUESTS_MAX / 2 &&
-      this.bytes + this.output.bytes <= IN_FLIGHT_BYTES_MAX / 2 &&
-      !this.record?.full
-    );
+    if (this.active > IN_FLIGHT_REQUESTS_MAX / 2 || this.record?.full) return false;
+    const used = this.usedBytes;
+    if (used === 0) return true;
+    const ofOthers = boundBytes - this.#countedBytes;
+    return used <= IN_FLIGHT_BYTES_MAX / 2 && ofOthers + used <= IN_FLIGHT_BYTES_TOTAL_MAX / 2;
   }
 
   /** Memory for a WRITE whose payload is still coming. */
@@ -129,6 +161,7 @@ export class Executor implements RequestOwner {
 
   #readData(head: RequestHead): void {
     const { offset, length } = head;
+    this.#turnBytes += length;
     if (length > SHARED_READ_BYTES_MAX) this.#readLong(head);
     else {
       const output = this.output;
@@ -195,6 +228,7 @@ export class Executor implements RequestOwner {
   status(head: RequestHead, contexts: readonly SelectedContext[]): void {
     const reply = { waiting: contexts.length, errno: Errno.OK as number };
     const number = this.record === null ? 0 : this.record.begin(head);
+    this.#turnBytes += STATUS_BYTES;
     const extentsMax = (head.flags & CommandFlag.REQ_ONE) !== 0 ? 1 : EXTENTS_MAX;
     for (const { id, name } of contexts) {
       const request = this.#begin(head, this.takeSlab(0));

@@ -114,7 +114,8 @@ export class Output {
     stream.write(pieces[last], this.#flushed);
     if (last > 0) stream.uncork();
     pieces.length = 0;
-    if (stream.writableLength === 0 && !stream.destroyed) this.#settle();
+    // Not `destroyed`: a client that hung up fails the write at once, but the stream is destroyed only later.
+    if (stream.writableLength === 0 && stream.writable) this.#settle();
   }
 
   /** The socket is gone: nothing is sent any more. Memory that may still be with the kernel is not reused. */

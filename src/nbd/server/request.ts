@@ -22,6 +22,8 @@ export interface RequestOwner {
   readonly abandoned: boolean;
   /** `length` bytes at `offset` are as a change wanted them. */
   changed(request: Request, offset: number, length: number): void;
+  /** So is the client: nothing can be sent. */
+  readonly silent: boolean;
   completed(request: Request, errno: number): void;
   completedTwice(): void;
 }
@@ -70,7 +72,8 @@ export class Request implements StatusRequest {
   constructor(private readonly owner: RequestOwner) {}
 
   get abandoned(): boolean {
-    return this.owner.abandoned;
+    // Behind a DISC changes are carried out, but what was read has nobody to go to.
+    return this.owner.abandoned || (this.owner.silent && this.command === Command.READ);
   }
 
   begin(head: RequestHead, slab: Slab | null): void {

@@ -210,6 +210,7 @@ describe('requests', () => {
         pool: new SlabPool(),
         extended: false,
         abandoned: false,
+        silent: false,
         changed() {},
         completed() {},
         completedTwice() {},
