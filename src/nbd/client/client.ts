@@ -72,6 +72,7 @@ export interface ZeroOptions extends WriteOptions {
   readonly fast?: boolean;
 }
 
+/** Of `read`. */
 export interface ReadOptions {
   /** The server must send the range in one piece; it may fail what is longer than 64 KiB with EOVERFLOW. */
   readonly dontFragment?: boolean;
