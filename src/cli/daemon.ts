@@ -9,12 +9,13 @@ import { daemonLog, runDaemon } from '../host/run.js';
 import { controlSocketPath, defaultStateDir } from '../host/state-dir.js';
 import { activatedAddresses, formatListenAddress } from '../nbd/address.js';
 import { defaultName } from '../volume/open.js';
+import { type ClientOptions, guestClients } from './clients.js';
 import { daemonParts } from './parts.js';
 import { guestTls, sourceTls, type TlsOptions } from './tls.js';
 
 const DEFAULT_LISTEN = '127.0.0.1:10809';
 
-export interface OneVolumeOptions extends TlsOptions {
+export interface OneVolumeOptions extends TlsOptions, ClientOptions {
   name?: string;
   listen?: string[];
   stateDir?: string;
@@ -37,13 +38,15 @@ export async function runOneVolume(
   const listen = [options.listen ?? [], activated, [DEFAULT_LISTEN]].find((words) => words.length > 0) ?? [];
   const log = daemonLog('blockferry', options.logLevel);
   const machinesDir = resolve(stateDir, 'run');
+  const tls = guestTls(kind, options);
   const daemon: DaemonOptions = {
     kind,
     name,
     stateDir,
     control: resolve(options.control ?? controlSocketPath(stateDir, name)),
     link: null,
-    ...guestTls(kind, options),
+    ...tls,
+    ...guestClients(options, tls.guestTls),
     ...sourceTls(options),
     images: null,
     folders: [],

@@ -1,5 +1,6 @@
 import { Command, Option } from 'commander';
 import { parseNbdUri } from '../nbd/uri.js';
+import { clientOptions } from './clients.js';
 import { argument, logLevelOption, stateDirOption } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
 import { listenOption } from './serve.js';
@@ -25,7 +26,7 @@ function checkedUri(text: string): string {
 }
 
 export function proxyCommand(): Command {
-  return new Command('proxy')
+  const command = new Command('proxy')
     .description('serve DISK at once while its blocks still come from an NBD source')
     .argument('<source-uri>', 'NBD URI of the source', argument(checkedUri))
     .argument('<disk>', 'image file, created sparse with the size of the source if it is not there')
@@ -60,4 +61,6 @@ export function proxyCommand(): Command {
         sourceTimeoutMs: options.sourceTimeout ?? null,
       });
     });
+  for (const option of clientOptions()) command.addOption(option);
+  return command;
 }

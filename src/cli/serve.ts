@@ -1,5 +1,6 @@
 import { Command, Option } from 'commander';
 import { parseListenAddress } from '../nbd/address.js';
+import { clientOptions } from './clients.js';
 import { argument, logLevelOption, stateDirOption } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
 import { tlsCertificatesOption, tlsModeOption, tlsPskOption, tlsVerifyPeerOption } from './tls.js';
@@ -17,7 +18,7 @@ export function listenOption(): Option {
 }
 
 export function serveCommand(): Command {
-  return new Command('serve')
+  const command = new Command('serve')
     .description('serve a raw image file or block device over NBD')
     .argument('<disk>', 'image file or block device; it must exist')
     .option('--name <name>', 'name of the volume and its export (default: from the file name)')
@@ -33,4 +34,6 @@ export function serveCommand(): Command {
     .action(async (disk: string, options: OneVolumeOptions & { readOnly: boolean }) => {
       await runOneVolume('serve', disk, options, { kind: 'serve', readOnly: options.readOnly });
     });
+  for (const option of clientOptions()) command.addOption(option);
+  return command;
 }

@@ -2,6 +2,7 @@
 
 import { BlockferryError } from '../errors.js';
 
+const COUNT_MAX = 65_536;
 const FACTOR: Record<string, number> = { '': 1, K: 2 ** 10, M: 2 ** 20, G: 2 ** 30, T: 2 ** 40 };
 const SIZE = /^(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$/i;
 
@@ -38,6 +39,14 @@ export function parseRange(text: string, size: number): { offset: number; length
     );
   }
   return { offset, length };
+}
+
+/** A whole number from 1 to 65536. */
+export function parseCount(text: string): number {
+  const count = Number(text);
+  if (!/^\d+$/.test(text) || count < 1 || count > COUNT_MAX)
+    throw new BlockferryError('usage', `"${text}" is no number from 1 to ${COUNT_MAX}`);
+  return count;
 }
 
 /** Seconds, a decimal number > 0, as milliseconds. */

@@ -139,7 +139,10 @@ export const HANDSHAKE_TIMEOUT_MS = 10_000;
 /** How long a closing listener waits for clients that are still haggling, and for sessions that finish their requests. */
 export const HANDSHAKE_DRAIN_TIMEOUT_MS = 1000;
 export const SESSION_DRAIN_TIMEOUT_MS = 10_000;
+/** Clients in transmission that one listener serves at the same time. */
 export const CONNECTIONS_MAX = 1024;
+/** Clients in the handshake with one listener at the same time. */
+export const HANDSHAKES_MAX = 512;
 /** Requests and payload bytes one session may have in flight before we stop reading from it. */
 export const IN_FLIGHT_REQUESTS_MAX = 1024;
 export const IN_FLIGHT_BYTES_MAX = 128 << 20;

@@ -1,14 +1,16 @@
 /** What a server offers, and how it describes it to clients. */
 import { TransmissionFlag } from '../constants.js';
 import type { BlockDevice } from '../device.js';
+import type { AccessRule } from './access.js';
 
 export interface ExportEntry {
   /** UTF-8 of 1 to STRING_BYTES_MAX bytes without NUL, unique in its directory. */
   name: string;
   /** For a person's eyes; empty: none. */
   description: string;
-  /** Bytes. Size and readOnly are those of the device that `open` gives: clients are told before it is opened. */
+  /** Bytes, as of the device that `open` gives: clients are told before it is opened. */
   size: number;
+  /** Writes are refused. True if they are by the device. */
   readOnly: boolean;
   /** Metadata contexts the device can report, each `namespace:leaf`. */
   contexts: readonly string[];
@@ -18,6 +20,10 @@ export interface ExportEntry {
   multiConn: boolean;
   /** Shown to and opened for clients behind TLS only. Default: false. */
   tlsOnly?: boolean;
+  /** Which clients may do what; the first rule that fits counts, and whom none fits sees nothing. Default: everybody may write. */
+  access?: readonly AccessRule[];
+  /** Clients in transmission at the same time, >= 1. Default: no limit but the listener's. */
+  connectionsMax?: number;
   /** Called once a client has chosen the export, never before; the session releases the device. May throw. */
   open(): BlockDevice;
 }

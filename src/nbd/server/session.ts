@@ -87,7 +87,8 @@ class TransmissionSession implements Session, Sink {
     this.#device = device;
     this.#log = log;
     this.#complain = (kind, detail) => parameters.complain?.(kind, detail);
-    const { size, readOnly } = device;
+    const { size } = device;
+    const readOnly = device.readOnly || parameters.readOnly === true;
     const rules = { size, readOnly, structured, hasContexts: contexts.length > 0 };
     const output = new Output(slabs, this.#turn);
     const replies = new Replies(output, slabs, structured);
