@@ -93,7 +93,10 @@ export class Machines {
     if (entry.ran || entry.machine) return entry.ran;
     const noted = record.machine(name);
     if (noted?.state !== 'incoming' || noted.moveId !== entry.moveId) return false;
-    if (!entry.definition.disks.some(({ volume }) => volumes.settled(volume))) return false;
+    const settled = await Promise.all(entry.definition.disks.map(({ volume }) => volumes.settled(volume)));
+    // While they were asked, the machine may have been discarded, started, or seen to run.
+    if (!settled.includes(true) || this.entries.get(name) !== entry || record.machine(name) !== noted)
+      return entry.ran;
     entry.ran = true;
     await record
       .setMachine(name, { ...noted, state: 'arrived' })
