@@ -19,12 +19,12 @@
  * under way fail with 'control': whether they were carried out is not known, and asking tells.
  */
 
-import { existsSync, mkdirSync, statfsSync, statSync } from 'node:fs';
-import { join } from 'node:path';
+import { mkdirSync } from 'node:fs';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import type { CreateVolume, ServedVolume, UnavailableVolume, VolumeView } from './control/api.js';
 import type { HeldVolume, HoldVolume } from './held-volume.js';
+import { allocatedBytes, freeBytes, freeImagePath } from './images.js';
 import type { OpenMode } from './open.js';
 import type { ExportListener, ExportPolicy, ExportTable, ListenSettings } from './parts.js';
 import type { DaemonRecord } from './record.js';
@@ -35,6 +35,8 @@ import { ThreadLostError } from './threads/messages.js';
 import { KeyedQueue, Occurrence } from './waiting.js';
 
 export const VOLUMES_MAX = 4096;
+/** A key of the queue that is no volume's name. */
+const SECOND_ATTEMPTS = '/';
 
 export interface VolumesOptions {
   stateDir: string;
@@ -73,7 +75,7 @@ export class Volumes {
   async open(name: string, image: string, mode: OpenMode, keep = false): Promise<void> {
     await this.queue.run(name, async () => {
       try {
-        await this.openTwice(name, image, mode);
+        await this.openPatiently(name, image, mode);
       } catch (error) {
         if (!keep) throw error;
         const retired = await retiredId(this.options.stateDir, name);
@@ -82,16 +84,6 @@ export class Volumes {
         this.markUnavailable(name, image, retired, messageOf(error));
       }
     });
-  }
-
-  /** A thread that died may have died of another volume. */
-  private async openTwice(name: string, image: string, mode: OpenMode): Promise<void> {
-    try {
-      await this.openEntry(name, image, mode);
-    } catch (error) {
-      if (!(error instanceof ThreadLostError)) throw error;
-      await this.openEntry(name, image, hasState(this.options.stateDir, name) ? { kind: 'resume' } : mode);
-    }
   }
 
   has(name: string): boolean {
@@ -162,7 +154,9 @@ export class Volumes {
   /** True once the volume is plain, false after the timeout or when the caller is gone. */
   async waitHandoff(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
     const entry = this.entry(name);
-    const { phase } = (await entry.service.look()).status;
+    // Should its thread die now, the wait goes on with the volume that is opened again.
+    const look = await entry.service.look().catch(unlessLost);
+    const phase = look?.status.phase;
     if (phase === 'plain') return true;
     if (phase === 'sealed' || phase === 'retired') {
       throw new BlockferryError(
@@ -258,14 +252,8 @@ export class Volumes {
     try {
       if ((await retiredId(stateDir, name)) !== null) setRetiredAside(stateDir, name);
       if (request.image === undefined && images !== null) mkdirSync(images, { recursive: true, mode: 0o700 });
-      await this.openEntry(name, image, {
-        kind: 'arrive',
-        sourceUri,
-        volumeId,
-        generation,
-        size,
-        rateBytesPerSecond,
-      });
+      const mode = { kind: 'arrive', sourceUri, volumeId, generation, size, rateBytesPerSecond } as const;
+      await this.openEntry(name, image, mode, new Occurrence());
     } catch (error) {
       await this.notArrived(name, image, error);
       throw error;
@@ -314,10 +302,7 @@ export class Volumes {
   /** What is free where images of arriving volumes go. */
   imagesSpace(): { path: string; freeBytes: number } | null {
     const path = this.options.images;
-    if (path === null) return null;
-    mkdirSync(path, { recursive: true, mode: 0o700 });
-    const space = statfsSync(path);
-    return { path, freeBytes: space.bavail * space.bsize };
+    return path === null ? null : { path, freeBytes: freeBytes(path) };
   }
 
   private known(name: string): Entry {
@@ -340,16 +325,27 @@ export class Volumes {
       clients: status.clients + (link?.listener.connections(service.name) ?? 0),
       image: service.image,
       linkUri: link?.listener.addresses(service.name)[0] ?? null,
-      allocatedBytes: allocatedBytes(service),
+      allocatedBytes: allocatedBytes(service.image, service.size),
     };
   }
 
-  private async openEntry(
+  /** A thread that died meanwhile may have died of another volume: a second attempt, of one volume at a time, tells. */
+  private async openPatiently(
     name: string,
     image: string,
     mode: OpenMode,
     handoff = new Occurrence(),
   ): Promise<void> {
+    try {
+      await this.openEntry(name, image, mode, handoff);
+    } catch (error) {
+      if (!(error instanceof ThreadLostError) || this.closing) throw error;
+      const now: OpenMode = hasState(this.options.stateDir, name) ? { kind: 'resume' } : mode;
+      await this.queue.run(SECOND_ATTEMPTS, () => this.openEntry(name, image, now, handoff));
+    }
+  }
+
+  private async openEntry(name: string, image: string, mode: OpenMode, handoff: Occurrence): Promise<void> {
     const { stateDir, hold, log, link, guestAddresses, guestSettings, guestPolicy, linkPolicy } =
       this.options;
     const guest = { addresses: guestAddresses(name), policy: guestPolicy(name), settings: guestSettings };
@@ -385,8 +381,8 @@ export class Volumes {
     const { stateDir, record, log } = this.options;
     const came = record.volumes().some(([arrived]) => arrived === name);
     try {
-      if (hasState(stateDir, name)) await this.openEntry(name, image, { kind: 'resume' }, handoff);
-      else if (!came) await this.openEntry(name, image, mode, handoff);
+      if (hasState(stateDir, name)) await this.openPatiently(name, image, { kind: 'resume' }, handoff);
+      else if (!came) await this.openPatiently(name, image, mode, handoff);
       if (this.entries.get(name)?.kind === 'open') log.info({ volume: name }, 'the volume is open again');
     } catch (error) {
       log.error({ volume: name }, `volume not served: ${messageOf(error)}`);
@@ -415,26 +411,8 @@ function unavailable(name: string, image: string, retired: string | null, error:
   return { name, phase: 'unavailable', retiredId: retired, image, error };
 }
 
-/** What the image occupies; a block device occupies its size. */
-function allocatedBytes(service: HeldVolume): number {
-  try {
-    const stat = statSync(service.image);
-    return stat.isFile() ? Math.min(stat.blocks * 512, service.size) : service.size;
-  } catch {
-    return 0;
-  }
-}
-
-/** An image left here by an earlier stay of the same volume is never written over. */
-function freeImagePath(images: string, name: string, generation: number): string {
-  const plain = join(images, `${name}.img`);
-  if (!existsSync(plain)) return plain;
-  for (let count = generation; count < generation + 1000; count += 1) {
-    const numbered = join(images, `${name}.g${count}.img`);
-    if (!existsSync(numbered)) return numbered;
-  }
-  throw new BlockferryError(
-    'exists',
-    `${plain} is there already: remove the images of earlier moves from ${images}`,
-  );
+/** Null for a thread that died. */
+function unlessLost(error: unknown): null {
+  if (error instanceof ThreadLostError) return null;
+  throw error;
 }

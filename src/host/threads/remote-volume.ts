@@ -21,6 +21,7 @@ export class RemoteVolume implements HeldVolume {
   linkDescription: string;
   readonly stdioClosed = NEVER;
   #prefetches = 0;
+  #closing: Promise<void> | null = null;
 
   constructor(
     readonly thread: DataThread,
@@ -75,8 +76,10 @@ export class RemoteVolume implements HeldVolume {
     return this.#call('retreat');
   }
 
-  cancel(): Promise<RetreatProof> {
-    return this.#call('cancel');
+  async cancel(): Promise<RetreatProof> {
+    const proof = await this.#call('cancel');
+    this.#closing = Promise.resolve();
+    return proof;
   }
 
   pause(): Promise<void> {
@@ -114,7 +117,8 @@ export class RemoteVolume implements HeldVolume {
   }
 
   close(): Promise<void> {
-    return this.#call('close');
+    this.#closing ??= this.#call('close');
+    return this.#closing;
   }
 }
 
