@@ -53,7 +53,7 @@ export function guestClients(
       lacking === 'psk' ? '--tls and --tls-psk' : '--tls, --tls-certificates and --tls-verify-peer';
     throw new BlockferryError(
       'usage',
-      `--access with ${lacking}= needs ${needed}: nobody can prove a name without`,
+      `--access with ${lacking}= needs ${needed}, or nobody can prove that name`,
     );
   }
   return {

@@ -20,6 +20,8 @@ export interface OneVolumeOptions extends TlsOptions, ClientOptions {
   listen?: string[];
   stateDir?: string;
   control?: string;
+  transactionLog?: string;
+  transactionLogData: boolean;
   logLevel: string;
 }
 
@@ -33,6 +35,8 @@ export async function runOneVolume(
   if (!checked.success)
     throw new BlockferryError('usage', `--name: expected ${checked.error.issues[0].message}`);
   const name = checked.data;
+  if (options.transactionLogData && options.transactionLog === undefined)
+    throw new BlockferryError('usage', '--transaction-log-data: give the file with --transaction-log FILE');
   const stateDir = resolve(options.stateDir ?? defaultStateDir());
   const activated = activatedAddresses(process.env, process.pid).map(formatListenAddress);
   const listen = [options.listen ?? [], activated, [DEFAULT_LISTEN]].find((words) => words.length > 0) ?? [];
@@ -57,6 +61,13 @@ export async function runOneVolume(
     stopTimeoutMs: 0,
     volumes: [{ name, image: resolve(disk), mode }],
     vms: [],
+    ...(options.transactionLog === undefined
+      ? {}
+      : {
+          transactionLogs: new Map([
+            [name, { path: resolve(options.transactionLog), data: options.transactionLogData }],
+          ]),
+        }),
     toleratesBadVolumes: false,
     parts: daemonParts(machinesDir, 0),
     log,

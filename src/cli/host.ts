@@ -42,6 +42,11 @@ export function hostCommand(): Command {
             image,
             mode: { kind: 'serve', readOnly: false },
           })),
+          transactionLogs: new Map(
+            config.volumes.flatMap((volume) =>
+              volume.transactionLog === undefined ? [] : [[volume.name, volume.transactionLog] as const],
+            ),
+          ),
           vms,
           toleratesBadVolumes: true,
           parts: daemonParts(machinesDir, config.dataThreads),

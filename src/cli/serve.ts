@@ -1,7 +1,7 @@
 import { Command, Option } from 'commander';
 import { parseListenAddress } from '../nbd/address.js';
 import { clientOptions } from './clients.js';
-import { argument, logLevelOption, stateDirOption } from './common.js';
+import { argument, logLevelOption, stateDirOption, transactionLogOptions } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
 import { tlsCertificatesOption, tlsModeOption, tlsPskOption, tlsVerifyPeerOption } from './tls.js';
 
@@ -18,6 +18,7 @@ export function listenOption(): Option {
 }
 
 export function serveCommand(): Command {
+  const [transactionLog, transactionLogData] = transactionLogOptions();
   const command = new Command('serve')
     .description('serve a raw image file or block device over NBD')
     .argument('<disk>', 'image file or block device; it must exist')
@@ -29,6 +30,8 @@ export function serveCommand(): Command {
     .addOption(tlsPskOption())
     .addOption(tlsVerifyPeerOption())
     .addOption(stateDirOption())
+    .addOption(transactionLog)
+    .addOption(transactionLogData)
     .option('--control <path>', 'path of the control socket (default: STATE/control/NAME.sock)')
     .addOption(logLevelOption())
     .action(async (disk: string, options: OneVolumeOptions & { readOnly: boolean }) => {

@@ -58,6 +58,16 @@ export function parseSeconds(text: string): number {
   return Math.round(seconds * 1000);
 }
 
+/** A parser of whole numbers in `min..max`. It fails with 'usage'. */
+export function wholeNumber(min: number, max: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^\d{1,16}$/.test(text) || value < min || value > max)
+      throw new BlockferryError('usage', `"${text}" is no whole number in ${min}..${max}`);
+    return value;
+  };
+}
+
 /** `bytes` with three significant digits at most: "4 KiB", "1.5 GiB", "999 B". */
 export function formatSize(bytes: number): string {
   const names = ['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB'];

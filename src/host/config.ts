@@ -7,6 +7,7 @@ import { z } from 'zod';
 import { BlockferryError, messageOf } from '../errors.js';
 import { type MachineDefinition, machineDefinitionSchema } from '../hypervisor/driver.js';
 import { CONNECTIONS_MAX, HANDSHAKE_TIMEOUT_MS, HANDSHAKES_MAX } from '../nbd/constants.js';
+import type { TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import { ACCESS_RULES_MAX, type AccessRule, parseAccessRule, unprovable } from '../nbd/server/access.js';
 import type { ClientTlsSettings, ServerTlsSettings, TlsMode } from '../nbd/tls.js';
 import type { ExportPolicy, ListenLimits } from './parts.js';
@@ -64,6 +65,7 @@ const access = z.array(accessRule).max(ACCESS_RULES_MAX);
 
 const CLIENTS_MAX = 65_536;
 const clients = z.number().int().min(1).max(CLIENTS_MAX);
+const transactionLogSchema = z.strictObject({ file: path, data: z.boolean().default(false) });
 
 const configSchema = z.strictObject({
   name: daemonName,
@@ -97,6 +99,7 @@ const configSchema = z.strictObject({
         tlsOnly: z.boolean().default(false),
         access: access.optional(),
         connections: clients.optional(),
+        transactionLog: transactionLogSchema.optional(),
       }),
     )
     .max(VOLUMES_MAX)
@@ -136,7 +139,13 @@ export interface HostConfig {
   stopTimeoutMs: number;
   /** Threads that volumes are spread over, at most; 0: they are on the main thread. */
   dataThreads: number;
-  volumes: { name: string; image: string; access?: readonly AccessRule[]; connectionsMax?: number }[];
+  volumes: {
+    name: string;
+    image: string;
+    access?: readonly AccessRule[];
+    connectionsMax?: number;
+    transactionLog?: TransactionLogSettings;
+  }[];
   vms: { definition: MachineDefinition; autostart: boolean }[];
 }
 
@@ -203,11 +212,14 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
     migrationAddress: config.migrationAddress,
     stopTimeoutMs: config.stopTimeoutSeconds * 1000,
     dataThreads: config.dataThreads ?? defaultDataThreads(),
-    volumes: config.volumes.map(({ name, image, access: rules, connections }) => ({
+    volumes: config.volumes.map(({ name, image, access: rules, connections, transactionLog }) => ({
       name,
       image: absolute(image),
       ...(rules === undefined ? {} : { access: rules }),
       ...(connections === undefined ? {} : { connectionsMax: connections }),
+      ...(transactionLog === undefined
+        ? {}
+        : { transactionLog: { path: absolute(transactionLog.file), data: transactionLog.data } }),
     })),
     vms: config.vms.map(({ autostart, ...definition }) => ({ definition, autostart })),
   };
@@ -264,7 +276,7 @@ function checkRules(config: z.infer<typeof configSchema>, file: string): void {
     const needed = lacking === 'psk' ? 'tls.psk' : 'tls.certificates and tls.verifyPeer';
     throw new BlockferryError(
       'usage',
-      `${file}: ${where}: a rule with ${lacking}= needs ${needed}: nobody can prove a name without`,
+      `${file}: ${where}: a rule with ${lacking}= needs ${needed}, or nobody can prove that name`,
     );
   }
 }

@@ -12,6 +12,7 @@ import { join } from 'node:path';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import type { MachineDefinition } from '../hypervisor/driver.js';
+import type { TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import type { ClientTlsSettings, ServerTlsSettings } from '../nbd/tls.js';
 import { VERSION } from '../version.js';
 import type { DaemonView, StatusView } from './control/api.js';
@@ -19,7 +20,7 @@ import { controlRoutes } from './control/routes.js';
 import { ControlServer } from './control/server.js';
 import { isAlive } from './control/socket.js';
 import { Machines } from './machines.js';
-import type { OpenMode } from './open.js';
+import type { OpenMode, OpenVolumeOptions } from './open.js';
 import {
   type DaemonParts,
   type ExportListener,
@@ -54,6 +55,8 @@ export interface DaemonOptions {
   linkListsExports?: boolean;
   /** Of the link address, and of each volume's addresses. */
   limits?: ListenLimits;
+  /** Where the guest's requests of a volume are recorded, by its name; of others they are not. */
+  transactionLogs?: ReadonlyMap<string, TransactionLogSettings>;
   /** Folder for images of volumes that arrive; null: none may arrive. */
   images: string | null;
   /** Folders that must be there before anything is served, for this user only. */
@@ -100,14 +103,14 @@ export class Daemon {
     makeFolders(options.folders);
     const link = await openLink(options);
     const { hold, hypervisor } = parts;
-    const { guestTls, sourceTls, limits = {}, guestPolicy, linkPolicy } = options;
+    const { guestTls, limits = {}, guestPolicy, linkPolicy } = options;
     const settings: ListenSettings = { limits, ...(guestTls === undefined ? {} : { tls: guestTls }) };
     const volumes = new Volumes({
       stateDir,
       images,
       guestAddresses,
       link,
-      hold: sourceTls === undefined ? hold : (what) => hold({ ...what, sourceTls }),
+      hold: (what) => hold({ ...what, ...settingsOf(options, what.name) }),
       guestSettings: settings,
       guestPolicy: guestPolicy ?? (() => ({})),
       linkPolicy: linkPolicy ?? (() => ({})),
@@ -233,6 +236,18 @@ export class Daemon {
       }
     }
   }
+}
+
+/** What of the daemon's settings a volume is opened with. */
+function settingsOf(
+  { sourceTls, transactionLogs }: DaemonOptions,
+  volume: string,
+): Pick<OpenVolumeOptions, 'sourceTls' | 'transactionLog'> {
+  const transactionLog = transactionLogs?.get(volume);
+  return {
+    ...(sourceTls === undefined ? {} : { sourceTls }),
+    ...(transactionLog === undefined ? {} : { transactionLog }),
+  };
 }
 
 function makeFolders(folders: readonly string[]): void {

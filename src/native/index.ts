@@ -48,7 +48,7 @@ interface Addon {
 }
 
 /** This file runs from dist/src/native; straight from src/native under a loader of TypeScript. */
-function packageRoot(): string {
+export function packageRoot(): string {
   const here = fileURLToPath(new URL('.', import.meta.url));
   const roots = [resolve(here, '../../..'), resolve(here, '../..')];
   return roots.find((root) => existsSync(join(root, 'native/binding.gyp'))) ?? roots[0];

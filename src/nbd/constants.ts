@@ -79,6 +79,7 @@ export const Command = {
   BLOCK_STATUS: 7,
 } as const;
 
+/** Command flags, 16 bits. */
 export const CommandFlag = {
   FUA: 1 << 0,
   NO_HOLE: 1 << 1,
@@ -113,6 +114,7 @@ export const Errno = {
 
 /** Status bits of `base:allocation`. */
 export const Allocation = { HOLE: 1, ZERO: 2 } as const;
+/** The context that tells holes and zeroes. */
 export const BASE_ALLOCATION = 'base:allocation';
 /** Source: QEMU, docs/interop/nbd.txt. The status is the depth in a chain: 0 unallocated, 1 here, 2 in the layer behind. */
 export const ALLOCATION_DEPTH = 'qemu:allocation-depth';
@@ -143,6 +145,11 @@ export const SESSION_DRAIN_TIMEOUT_MS = 10_000;
 export const CONNECTIONS_MAX = 1024;
 /** Clients in the handshake with one listener at the same time. */
 export const HANDSHAKES_MAX = 512;
+/**
+ * A TCP client that says nothing for so long is asked whether it is still there, every second, ten times: one whose machine vanished
+ * gives its place back. As long as Linux and nbd-server wait: a shorter time would end idle sessions in a short break of the network.
+ */
+export const KEEPALIVE_IDLE_MS = 7_200_000;
 /** Requests and payload bytes one session may have in flight before we stop reading from it. */
 export const IN_FLIGHT_REQUESTS_MAX = 1024;
 export const IN_FLIGHT_BYTES_MAX = 128 << 20;

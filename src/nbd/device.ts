@@ -7,9 +7,12 @@
  * `complete` exactly once, from any later turn of the loop or before it returns.
  */
 
+import type { TransactionLog } from './log/transaction-log.js';
+
 /** Answer of a `...Now` call: it cannot be done without waiting. Every other answer is an NBD errno, 0 for success. */
 export const LATER = -1;
 
+/** A request that waits for its answer. The session uses the object again once it is complete: keep nothing of it. */
 export interface IoRequest {
   /** Bytes from the start of the device. Bounds were checked by the session: offset + length <= size. */
   readonly offset: number;
@@ -22,10 +25,17 @@ export interface IoRequest {
   readonly at: number;
   /** The session is gone: nobody waits for the answer. `complete` must be called all the same. */
   readonly abandoned: boolean;
+  /**
+   * A change took effect, on `length` bytes at `offset` (TRIM: what was given back, length 0 for nothing). Called in the very step in
+   * which it did, before any other request finds it done; a device that never calls it has its changes recorded when they complete,
+   * which is right if nothing else can change the same bytes in between.
+   */
+  changed(offset: number, length: number): void;
   /** Answers with an NBD errno, 0 for success. Exactly once. */
   complete(errno: number): void;
 }
 
+/** BLOCK_STATUS: at least one extent is added before it is completed with success. */
 export interface StatusRequest extends IoRequest {
   /** Name of one of the device's contexts. Asked once per selected context. */
   readonly context: string;
@@ -35,6 +45,7 @@ export interface StatusRequest extends IoRequest {
   extent(length: number, status: number): void;
 }
 
+/** A disk that sessions serve. All sessions may call it at any time; it must not throw. */
 export interface BlockDevice {
   /** Bytes. */
   readonly size: number;
@@ -46,6 +57,8 @@ export interface BlockDevice {
   readonly preferredBlock: number;
   /** Metadata contexts it can report, e.g. `base:allocation`. */
   readonly contexts: readonly string[];
+  /** Where its requests are recorded, if anywhere. */
+  readonly transactionLog?: TransactionLog | null;
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number;
   /** Never asked with FUA: those go to `write`. */

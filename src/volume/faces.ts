@@ -1,6 +1,7 @@
 /** The two devices a volume is served as. What a phase allows is asked at each request: sessions outlive phases. */
 import { ALLOCATION_DEPTH, BASE_ALLOCATION, Errno } from '../nbd/constants.js';
 import type { BlockDevice, IoRequest, StatusRequest } from '../nbd/device.js';
+import type { TransactionLog } from '../nbd/log/transaction-log.js';
 import { BLOCK_BYTES } from './blocks.js';
 import type { BlockStore } from './store.js';
 import type { Volume } from './volume.js';
@@ -16,7 +17,10 @@ export class GuestDevice implements BlockDevice {
   readonly contexts = CONTEXTS;
   readonly #store: BlockStore;
 
-  constructor(private readonly volume: Volume) {
+  constructor(
+    private readonly volume: Volume,
+    readonly transactionLog: TransactionLog | null = null,
+  ) {
     this.#store = volume.store;
     this.size = volume.size;
     this.readOnly = volume.readOnly;

@@ -131,7 +131,14 @@ export class BlockStore {
 
   // Writes
 
-  writeNow(offset: number, length: number, buffer: Buffer, at: number): number {
+  /** `request`: whose write it is, if it has one. */
+  writeNow(
+    offset: number,
+    length: number,
+    buffer: Buffer,
+    at: number,
+    request: IoRequest | null = null,
+  ): number {
     if (this.#gate.kind !== 'open') return this.#gate.kind === 'refused' ? this.#gate.errno : LATER;
     const first = blockAt(offset);
     const end = blocksOf(offset + length);
@@ -139,13 +146,14 @@ export class BlockStore {
     if (this.presence !== null && this.#missingEdge(offset, length) !== NO_BLOCK) return LATER;
     const done = this.image.write(buffer, at, length, offset);
     if (done !== 0) return errnoOfSystem(done);
+    if (request !== null) request.changed(offset, length); // first: those who waited for these blocks change them at once
     if (this.presence !== null) this.#arrived(first, end);
     return Errno.OK;
   }
 
   write(request: IoRequest): void {
     if (!this.#mayChange(request, request.offset, request.length, this.#retryWrite)) return;
-    const done = this.writeNow(request.offset, request.length, request.buffer, request.at);
+    const done = this.writeNow(request.offset, request.length, request.buffer, request.at, request);
     this.#answerChange(request, done);
   }
 
@@ -160,6 +168,7 @@ export class BlockStore {
     const end = blocksOf(offset + length);
     const lock = this.#locks.lock(first, end);
     const done = await this.image.zero(offset, length, (flags & CommandFlag.NO_HOLE) === 0);
+    if (done === 0) request.changed(offset, length);
     this.#unlock(lock, done === 0);
     this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
   }
@@ -170,6 +179,7 @@ export class BlockStore {
     const past = request.offset + request.length;
     const end = past === this.image.size ? this.blocks : blockAt(past);
     if (first >= end) {
+      if (this.#gate.kind !== 'refused') request.changed(request.offset, 0);
       request.complete(this.#gate.kind === 'refused' ? this.#gate.errno : Errno.OK);
     } else if (
       this.#mayChange(
@@ -185,7 +195,11 @@ export class BlockStore {
 
   async #trimOnThread(request: IoRequest, first: number, end: number): Promise<void> {
     const lock = this.#locks.lock(first, end);
-    const done = await this.image.punch(first * BLOCK_BYTES, bytesOfBlocks(first, end, this.image.size));
+    const offset = first * BLOCK_BYTES;
+    const bytes = bytesOfBlocks(first, end, this.image.size);
+    const done = await this.image.punch(offset, bytes);
+    if (done === 0) request.changed(offset, bytes);
+    else if (done === false) request.changed(offset, 0);
     this.#unlock(lock, done === 0);
     this.#answerChange(request, done === false || done === 0 ? Errno.OK : errnoOfSystem(done));
   }

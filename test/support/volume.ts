@@ -68,6 +68,9 @@ export class Io implements StatusRequest {
   /** The request's place in the order of answers. */
   answered = 0;
   static #answers = 0;
+  /** What changed, and its place in the order of all changes. */
+  readonly changes: [offset: number, length: number, order: number][] = [];
+  static #changes = 0;
   #resolve!: (errno: number) => void;
 
   constructor(
@@ -100,6 +103,11 @@ export class Io implements StatusRequest {
   extent(length: number, status: number): void {
     assert.ok(length >= 1, `an extent of ${length} bytes`);
     this.extents.push([length, status]);
+  }
+
+  changed(offset: number, length: number): void {
+    assert.equal(this.errno, undefined, 'changed after it was completed');
+    this.changes.push([offset, length, ++Io.#changes]);
   }
 
   complete(errno: number): void {

@@ -20,13 +20,7 @@ import {
   TransmissionFlag,
 } from '../constants.js';
 import { parseNbdUri } from '../uri.js';
-import {
-  type Connection,
-  type ConnectLimits,
-  describeLoss,
-  openConnection,
-  type Receiver,
-} from './connect.js';
+import { type Connection, type ConnectLimits, describeLoss, openConnection } from './connect.js';
 import type { ExportInfo } from './handshake.js';
 import { ReplyReader } from './reply-reader.js';
 import { CLIENT_REQUESTS_MAX, type Extent, type PendingRequest, RequestTable } from './requests.js';
@@ -44,8 +38,9 @@ export const OVERTAKEN_MAX = 10;
 const SWEEPS = 8;
 const U32_MAX = 0xffffffff;
 
+/** How to connect, and what to ask for. */
 export interface NbdClientOptions extends ConnectLimits {
-  /** Metadata contexts to ask for; those the server agreed to are in `info.contexts`. */
+  /** Metadata contexts to ask for, as `base:allocation`; those the server agreed to are in `info.contexts`. */
   readonly contexts?: readonly string[];
   /** Fail ('source-io') rather than connect without structured replies. */
   readonly requireStructured?: boolean;
@@ -56,23 +51,28 @@ export interface NbdClientOptions extends ConnectLimits {
   readonly requestTimeoutMs?: number;
 }
 
+/** Of what changes an export. */
 export interface WriteOptions {
   /** Answered only when the data is on stable storage. */
   readonly fua?: boolean;
 }
 
+/** Of `zero`. */
 export interface ZeroOptions extends WriteOptions {
   /** The range stays allocated. */
   readonly noHole?: boolean;
 }
 
 /**
+ * A connection to one export.
+ *
  * All requests reject with a BlockferryError: 'source-io' when the server answered with an error (`cause` is an NbdReplyError
  * with its errno), 'closed' when the connection ended first (`cause` says why), 'bounds' for what lies outside the export, is
  * not aligned to `info.blockSize.minimum`, is longer than `payloadBytesMax`, or is one request too many; 'read-only'; and
  * 'usage' for what the server does not offer. The last three never reach the server.
  */
-export class NbdClient implements Receiver {
+export class NbdClient {
+  /** What the server told about the export when the connection was made. */
   readonly info: ExportInfo;
   /** Largest READ or WRITE, bytes: what the server advertised, else 32 MiB; never more than 64 MiB. Split longer ones. */
   readonly payloadBytesMax: number;
@@ -122,12 +122,19 @@ export class NbdClient implements Receiver {
       );
       this.#sweep.unref();
     }
-    connection.handTo(this);
+    connection.handTo({
+      received: (bytes, length) => this.#received(bytes, length),
+      ended: (error) => this.#ended(error),
+    });
     // The server may have hung up between the end of the handshake and now.
-    if (connection.socket.destroyed || connection.socket.readableEnded) this.ended(null);
+    if (connection.socket.destroyed || connection.socket.readableEnded) this.#ended(null);
   }
 
-  /** Fails as `openConnection` does, and with 'address' for what is not a usable URI. */
+  /**
+   * Connects to the export that `uri` names, as in `nbd://HOST:PORT/NAME` or `nbds+unix:///NAME?socket=PATH`, and haggles. Rejects with
+   * 'address' (not a usable URI), 'source-unreachable' (nobody answers, or not without TLS), 'timeout', 'closed' (the server hung
+   * up, or `signal` fired), 'protocol', 'not-found' (no such export), 'source-io' (the server refused), or 'tls' (credentials, or the peer's).
+   */
   static async connect(uri: string, options: NbdClientOptions = {}): Promise<NbdClient> {
     const parsed = parseNbdUri(uri);
     const connection = await openConnection(
@@ -144,7 +151,7 @@ export class NbdClient implements Receiver {
     return new NbdClient(connection, connection.outcome.info, options.requestTimeoutMs);
   }
 
-  /** The exports a server lists; the URI's export name is of no account. Fails as `connect` does. */
+  /** The exports a server lists; the URI's export name is of no account. Rejects as `connect` does. */
   static async list(uri: string, limits: ConnectLimits = {}): Promise<ListedExport[]> {
     const connection = await openConnection(parseNbdUri(uri), { kind: 'list' }, limits);
     connection.handTo({ received() {}, ended() {} });
@@ -153,13 +160,17 @@ export class NbdClient implements Receiver {
     return connection.outcome.kind === 'list' ? connection.outcome.exports : [];
   }
 
-  /** Requests not answered yet. */
+  /** Requests not answered yet. More than 4096 are refused. */
   get inFlight(): number {
     return this.#table.active;
   }
 
-  /** Fills buffer[at, at + length) with the export's bytes from `offset` on. When it fails that range is undefined. */
-  read(offset: number, length: number, buffer: Buffer, at = 0): Promise<void> {
+  /** The export's bytes from `offset` on, in a buffer of their own. `length` <= `payloadBytesMax`. */
+  read(offset: number, length: number): Promise<Buffer>;
+  /** Fills buffer[at, at + length) with them, `at` being 0 by default. When it fails that range is undefined. */
+  read(offset: number, length: number, buffer: Buffer, at?: number): Promise<void>;
+  read(offset: number, length: number, buffer?: Buffer, at = 0): Promise<unknown> {
+    if (buffer === undefined) return this.#readNew(offset, length);
     const wrong = this.#check(offset, length) ?? this.#checkPayload(length, buffer, at);
     if (wrong !== null) return Promise.reject(wrong);
     if (length === 0) return Promise.resolve();
@@ -167,11 +178,29 @@ export class NbdClient implements Receiver {
     if (request === null) return Promise.reject(tooMany());
     request.buffer = buffer;
     request.at = at;
-    return this.#send(request, Command.READ, 0, offset, length) as Promise<unknown> as Promise<void>;
+    return this.#send(request, Command.READ, 0, offset, length);
   }
 
-  /** Writes buffer[at, at + length), which must be left alone until this is settled. */
-  write(offset: number, buffer: Buffer, at: number, length: number, options?: WriteOptions): Promise<void> {
+  async #readNew(offset: number, length: number): Promise<Buffer> {
+    // What is too long gets no memory, and is refused.
+    const buffer = Buffer.allocUnsafeSlow(length > 0 && length <= this.payloadBytesMax ? length : 0);
+    await this.read(offset, length, buffer);
+    return buffer;
+  }
+
+  /** Writes the whole buffer, <= `payloadBytesMax`, which must be left alone until this is settled. */
+  write(offset: number, buffer: Buffer, options?: WriteOptions): Promise<void>;
+  /** Writes buffer[at, at + length). */
+  write(offset: number, buffer: Buffer, at: number, length: number, options?: WriteOptions): Promise<void>;
+  write(
+    offset: number,
+    buffer: Buffer,
+    from: number | WriteOptions = 0,
+    length = buffer.length,
+    last?: WriteOptions,
+  ): Promise<void> {
+    const at = typeof from === 'number' ? from : 0;
+    const options = typeof from === 'number' ? last : from;
     const wrong = this.#checkChange(offset, length, options) ?? this.#checkPayload(length, buffer, at);
     if (wrong !== null) return Promise.reject(wrong);
     if (length === 0) return Promise.resolve();
@@ -254,8 +283,7 @@ export class NbdClient implements Receiver {
     this.#over(error ?? new BlockferryError('closed', `the connection to ${this.#peer} was given up`));
   }
 
-  /** For the connection. */
-  received(bytes: Buffer, length: number): void {
+  #received(bytes: Buffer, length: number): void {
     if (this.#state === 'closed') return;
     this.#silentSweeps = 0;
     try {
@@ -266,8 +294,7 @@ export class NbdClient implements Receiver {
     }
   }
 
-  /** For the connection. */
-  ended(error: Error | null): void {
+  #ended(error: Error | null): void {
     if (this.#state === 'closed') return;
     // Hanging up, in whatever manner, is the answer to DISC.
     if (this.#state === 'draining' && this.#table.active === 0) {

@@ -24,13 +24,16 @@ export interface Extent {
   readonly flags: number;
 }
 
-/** What a server's error reply said; the `cause` of the 'source-io' error a request fails with. */
+/**
+ * What a server's error reply said; the `cause` of the 'source-io' error a request fails with. Thrown by a device's function
+ * (`createDevice`), it is what the client is told.
+ */
 export class NbdReplyError extends Error {
   override readonly name = 'NbdReplyError';
   constructor(
-    /** NBD errno, never 0. */
+    /** NBD errno (Errno), never 0. */
     readonly errno: number,
-    message: string,
+    message = '',
   ) {
     super(message);
   }

@@ -37,6 +37,7 @@ export interface OptionReplyHeader {
   readonly length: number;
 }
 
+/** What a server says of the requests it takes (INFO_BLOCK_SIZE). */
 export interface BlockSize {
   /** Power of two, 1..65536: offsets and lengths of requests are multiples of it. Bytes. */
   readonly minimum: number;
@@ -53,6 +54,7 @@ export interface ExportBasics {
   readonly flags: number;
 }
 
+/** One answer to LIST; both strings may be empty and are at most 4096 bytes of UTF-8. */
 export interface ListedExport {
   readonly name: string;
   readonly description: string;

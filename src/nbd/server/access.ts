@@ -110,10 +110,18 @@ export function gradeOf(rules: readonly AccessRule[] | undefined, { origin, iden
 /** Whether a client from there could do anything at all if it proved to be the right one. */
 export function couldBeLetIn(rules: readonly AccessRule[] | undefined, origin: Origin): boolean {
   if (rules === undefined) return true;
-  const fitting = rules.filter((rule) => fitsOrigin(rule, origin));
-  const forAll = fitting.findIndex((rule) => rule.identity === null);
-  const reached = forAll < 0 ? fitting : fitting.slice(0, forAll + 1);
-  return reached.some(({ grade }) => grade !== 'none');
+  /** Names, and kinds of names, that a rule has turned away already. */
+  const turnedAway = new Set<string>();
+  for (const rule of rules) {
+    if (!fitsOrigin(rule, origin)) continue;
+    if (rule.identity === null) return rule.grade !== 'none';
+    const { kind, name } = rule.identity;
+    const named = `${kind} ${name}`;
+    if (turnedAway.has(kind) || turnedAway.has(named)) continue;
+    if (rule.grade !== 'none') return true;
+    turnedAway.add(name === null ? kind : named);
+  }
+  return false;
 }
 
 function fitsOrigin({ from }: AccessRule, origin: Origin): boolean {

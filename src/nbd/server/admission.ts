@@ -42,20 +42,20 @@ export class Admission<Connection extends Counted> {
 
   /** Makes room for one more in the handshake. Returns the connection that had to give way, if one had to. */
   makeRoom(): Connection | undefined {
+    const waiting = this.all().filter(({ stage }) => stage === 'handshake');
+    if (waiting.length < this.#limits.handshakesMax) return undefined;
     const byOrigin = new Map<string, Connection[]>();
-    let count = 0;
-    for (const connection of this.#connections) {
-      if (connection.stage !== 'handshake') continue;
-      count++;
+    for (const connection of waiting) {
       const key = keyOf(connection.origin);
       const others = byOrigin.get(key);
       if (others === undefined) byOrigin.set(key, [connection]);
       else others.push(connection);
     }
-    if (count < this.#limits.handshakesMax) return undefined;
-    const most = [...byOrigin.values()].reduce((a, b) => (b.length > a.length ? b : a));
-    most[0]!.giveWay();
-    return most[0];
+    const [oldest] = [...byOrigin.values()].reduce((most, group) =>
+      group.length > most.length ? group : most,
+    );
+    oldest!.giveWay();
+    return oldest;
   }
 
   add(connection: Connection): void {

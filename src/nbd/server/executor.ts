@@ -7,6 +7,7 @@
 import type { Logger } from 'pino';
 import { Command, CommandFlag, Errno, IN_FLIGHT_BYTES_MAX, IN_FLIGHT_REQUESTS_MAX } from '../constants.js';
 import { type BlockDevice, LATER } from '../device.js';
+import type { Recorder } from '../log/recorder.js';
 import type { SelectedContext } from './contexts.js';
 import type { RequestHead } from './head.js';
 import type { Output } from './output.js';
@@ -44,11 +45,14 @@ export class Executor implements RequestOwner {
     private readonly log: Logger,
     /** A request was completed. */
     private readonly onCompleted: () => void,
+    /** What a transaction log is told; null: there is none. */
+    readonly record: Recorder | null,
   ) {}
 
   /** Whether a request that needs `bytes` of memory may begin. */
   admits(bytes: number): boolean {
     if (this.active >= IN_FLIGHT_REQUESTS_MAX) return false;
+    if (this.record?.full) return false;
     const used = this.bytes + this.output.bytes;
     return used === 0 || used + bytes <= IN_FLIGHT_BYTES_MAX;
   }
@@ -56,7 +60,9 @@ export class Executor implements RequestOwner {
   /** Half of what the limits allow is free. */
   get roomy(): boolean {
     return (
-      this.active <= IN_FLIGHT_REQUESTS_MAX / 2 && this.bytes + this.output.bytes <= IN_FLIGHT_BYTES_MAX / 2
+      this.active <= IN_FLIGHT_REQUESTS_MAX / 2 &&
+      this.bytes + this.output.bytes <= IN_FLIGHT_BYTES_MAX / 2 &&
+      !this.record?.full
     );
   }
 
@@ -74,13 +80,16 @@ export class Executor implements RequestOwner {
 
   read(head: RequestHead): void {
     const { offset, length } = head;
-    if (length === 0) this.replies.emptyRead(head.cookieHi, head.cookieLo);
-    else if (length > SHARED_READ_BYTES_MAX) this.#readLong(head);
+    if (length === 0) {
+      this.record?.answered(head, Errno.OK);
+      this.replies.emptyRead(head.cookieHi, head.cookieLo);
+    } else if (length > SHARED_READ_BYTES_MAX) this.#readLong(head);
     else {
       const output = this.output;
       const headerBytes = this.replies.dataHeaderBytes;
       const at = output.reserve(headerBytes + length);
       const errno = this.#readNow(offset, length, output.buffer, at + headerBytes);
+      if (this.record !== null && errno !== LATER) this.record.answered(head, errno);
       if (errno === Errno.OK) {
         this.replies.dataHeader(output.buffer, at, head.cookieHi, head.cookieLo, offset, length);
         output.advance(headerBytes + length);
@@ -94,6 +103,7 @@ export class Executor implements RequestOwner {
     const { cookieHi, cookieLo, offset, length } = head;
     const slab = this.pool.take(length);
     const errno = this.#readNow(offset, length, slab.buffer, HEAD_ROOM);
+    if (this.record !== null && errno !== LATER) this.record.answered(head, errno);
     if (errno === Errno.OK) this.replies.data(cookieHi, cookieLo, offset, length, slab);
     else if (errno === LATER) {
       this.bytes += slab.buffer.length;
@@ -130,18 +140,26 @@ export class Executor implements RequestOwner {
 
   /** FLUSH, TRIM, CACHE, WRITE_ZEROES. */
   command(head: RequestHead): void {
-    if (head.length === 0 && head.command !== Command.FLUSH) this.#answer(head, Errno.OK);
-    else this.#hand(head, null);
+    if (head.length === 0 && head.command !== Command.FLUSH) {
+      this.record?.answered(head, Errno.OK);
+      this.#answer(head, Errno.OK);
+    } else this.#hand(head, null);
   }
 
   status(head: RequestHead): void {
     const reply = { waiting: this.contexts.length, errno: Errno.OK as number };
+    const number = this.record === null ? 0 : this.record.begin(head);
     const extentsMax = (head.flags & CommandFlag.REQ_ONE) !== 0 ? 1 : EXTENTS_MAX;
     for (const { id, name } of this.contexts) {
       const request = this.#begin(head, this.takeSlab(0));
+      request.number = number;
       request.beginStatus(name, id, extentsMax, reply);
       this.#give(request);
     }
+  }
+
+  changed(request: Request, offset: number, length: number): void {
+    if (this.record !== null && !request.recorded) this.record.changed(request, offset, length);
   }
 
   completed(request: Request, errno: number): void {
@@ -152,6 +170,7 @@ export class Executor implements RequestOwner {
     }
     this.active--;
     this.bytes -= request.charged;
+    if (this.record !== null && request.reply === null) this.record.completed(request, errno, !this.silent);
     if (request.reply !== null) this.#statusDone(request, errno);
     else if (request.command === Command.READ && errno === Errno.OK && !this.silent) {
       this.replies.data(request.cookieHi, request.cookieLo, request.offset, request.length, request.slab!);
@@ -178,6 +197,7 @@ export class Executor implements RequestOwner {
     const failure = errno !== Errno.OK || request.extents > 0 ? errno : Errno.EIO;
     if (reply.errno === Errno.OK) reply.errno = failure;
     const last = --reply.waiting === 0;
+    if (this.record !== null && last && !this.silent) this.record.reply(request, reply.errno);
     if (reply.errno === Errno.OK && !this.silent) {
       this.replies.status(request, last);
       return;
@@ -205,6 +225,7 @@ export class Executor implements RequestOwner {
 
   #writeNow(head: RequestHead, payload: Buffer, at: number): number {
     if ((head.flags & CommandFlag.FUA) !== 0) return LATER;
+    if (this.record !== null) return this.#recordedWriteNow(this.record, head, payload, at);
     try {
       return this.device.writeNow(head.offset, head.length, payload, at);
     } catch (error) {
@@ -213,9 +234,25 @@ export class Executor implements RequestOwner {
     }
   }
 
+  #recordedWriteNow(record: Recorder, head: RequestHead, payload: Buffer, at: number): number {
+    record.tryWrite(head, payload, at);
+    let errno: number = Errno.EIO;
+    try {
+      errno = this.device.writeNow(head.offset, head.length, payload, at);
+    } catch (error) {
+      this.#fault(error);
+    }
+    if (errno === Errno.OK) record.wrote();
+    else record.takeBackWrite();
+    if (errno !== Errno.OK && errno !== LATER) record.answered(head, errno);
+    return errno;
+  }
+
   /** Gives a request to the device; the slab was counted by `takeSlab`. */
   #hand(head: RequestHead, slab: Slab | null): void {
-    this.#give(this.#begin(head, slab));
+    const request = this.#begin(head, slab);
+    if (this.record !== null) request.number = this.record.begin(head);
+    this.#give(request);
   }
 
   #begin(head: RequestHead, slab: Slab | null): Request {

@@ -16,7 +16,15 @@ import type { Slab, SlabPool } from './slab.js';
 /** Size of the slab replies gather in; a batch is sent when it is full. */
 export const OUTPUT_SLAB_BYTES = 512 << 10;
 
+/** Says when answers may leave. */
+export interface Gate {
+  /** False: not yet; whoever opens it sees to another `flush`. */
+  readonly open: boolean;
+}
+
 export class Output {
+  /** Null: always open. */
+  gate: Gate | null = null;
   /** Memory bound in replies the kernel has not taken yet, bytes. */
   bytes = 0;
   /** The current slab's memory. Changes with `reserve`. */
@@ -84,6 +92,7 @@ export class Output {
   flush(): void {
     const stream = this.#stream;
     if (stream === null || this.#settled !== this.#issued || this.#broken) return;
+    if (this.gate !== null && !this.gate.open) return;
     this.#endRun();
     const pieces = this.#pieces;
     if (pieces.length === 0) return;

@@ -117,14 +117,17 @@ export class RequestParser {
     const { command } = head;
     if (command === Command.DISC) {
       this.over = 'disconnected';
+      executor.record?.disconnected(head);
       return at;
     }
     const refusal = this.#draining
       ? SHUTTING_DOWN
       : refusalOf(this.rules, command, head.flags, head.offset, head.length);
     if (command === Command.WRITE && head.length > 0) return this.#beginWrite(chunk, at, end, refusal);
-    if (refusal !== null) replies.error(head.cookieHi, head.cookieLo, refusal);
-    else if (command === Command.READ) executor.read(head);
+    if (refusal !== null) {
+      executor.record?.answered(head, refusal.errno);
+      replies.error(head.cookieHi, head.cookieLo, refusal);
+    } else if (command === Command.READ) executor.read(head);
     else if (command === Command.BLOCK_STATUS) executor.status(head);
     else executor.command(head);
     return at;
@@ -158,6 +161,7 @@ export class RequestParser {
     const filled = this.#state === FILL;
     this.#state = HEADER;
     if (!filled) {
+      this.executor.record?.answered(head, this.#refusal!.errno);
       this.replies.error(head.cookieHi, head.cookieLo, this.#refusal!);
       return;
     }

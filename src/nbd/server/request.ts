@@ -18,6 +18,8 @@ export interface RequestOwner {
   readonly pool: SlabPool;
   /** The session is gone. */
   readonly abandoned: boolean;
+  /** `length` bytes at `offset` are as a change wanted them. */
+  changed(request: Request, offset: number, length: number): void;
   completed(request: Request, errno: number): void;
   completedTwice(): void;
 }
@@ -42,6 +44,9 @@ export class Request implements StatusRequest {
   charged = 0;
   /** What it was completed with, if that is answered later. */
   errno = 0;
+  /** Its number in the transaction log, if there is one, and whether the change it makes is recorded there. */
+  number = 0;
+  recorded = false;
   /** The device threw while it had the request, and may still know it: neither it nor its memory is used again. */
   poisoned = false;
 
@@ -75,6 +80,7 @@ export class Request implements StatusRequest {
     this.charged = slab === null ? 0 : slab.buffer.length;
     this.buffer = slab === null ? NOTHING : slab.buffer;
     this.at = slab === null ? 0 : HEAD_ROOM;
+    this.recorded = false;
     this.#withDevice = true;
   }
 
@@ -90,6 +96,10 @@ export class Request implements StatusRequest {
 
   get withDevice(): boolean {
     return this.#withDevice;
+  }
+
+  changed(offset: number, length: number): void {
+    if (this.#withDevice) this.owner.changed(this, offset, length);
   }
 
   complete(errno: number): void {

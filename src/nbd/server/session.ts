@@ -18,6 +18,7 @@ import type net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { Logger } from 'pino';
 import type { BlockDevice } from '../device.js';
+import { Recorder } from '../log/recorder.js';
 import type { Session as ConnectionSession, SessionParameters } from './connection.js';
 import { Executor } from './executor.js';
 import { Output } from './output.js';
@@ -61,6 +62,7 @@ class TransmissionSession implements Session, Sink {
   readonly #log: Logger;
   readonly #complain: (kind: string, detail: string) => void;
   readonly #output: Output;
+  readonly #record: Recorder | null;
   readonly #executor: Executor;
   readonly #parser: RequestParser;
   readonly #reception: Reception;
@@ -93,7 +95,19 @@ class TransmissionSession implements Session, Sink {
     const output = new Output(slabs, this.#turn);
     const replies = new Replies(output, slabs, structured);
     this.#output = output;
-    this.#executor = new Executor(slabs, device, contexts, output, replies, log, this.#schedule);
+    const { transactionLog = null } = device;
+    this.#record = transactionLog === null ? null : new Recorder(transactionLog, this.#turn);
+    output.gate = this.#record;
+    this.#executor = new Executor(
+      slabs,
+      device,
+      contexts,
+      output,
+      replies,
+      log,
+      this.#schedule,
+      this.#record,
+    );
     this.#parser = new RequestParser(rules, this.#executor, replies);
     this.#reception = new Reception(socket, rest, this);
     this.#reception.start();
@@ -144,6 +158,7 @@ class TransmissionSession implements Session, Sink {
     this.#held = null;
     this.#parser.drop();
     this.#output.release();
+    this.#record?.close();
     this.#release();
     this.#advance();
   }

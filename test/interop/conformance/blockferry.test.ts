@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, type TestContext, test } from 'node:test';
 import { DaemonProcess } from '../../lab/hosts.js';
+import { ALL_INSTALLED } from '../../lab/programs.js';
 import { makePki, type Pki } from '../../support/pki.js';
 import type { Case } from './case.js';
 import { tlsCases } from './cases/tls.js';
@@ -20,8 +21,7 @@ const NOT_OFFERED: readonly string[] = [
   'a server without CACHE',
   'a server without TRIM',
   'a minimum block above 1',
-  "libnbd's Python module",
-  '/usr/bin/python3',
+  ...(ALL_INSTALLED ? [] : ["libnbd's Python module", '/usr/bin/python3']),
 ];
 
 let folder: string;
