@@ -68,6 +68,8 @@ export class Volumes {
   private readonly entries = new Map<string, Entry>();
   private readonly queue = new KeyedQueue();
   private closing = false;
+  /** What went wrong while all were closed. */
+  private readonly failures: unknown[] = [];
 
   constructor(private readonly options: VolumesOptions) {}
 
@@ -291,12 +293,11 @@ export class Volumes {
   /** Ends all sessions, then lets go of every volume. */
   async close(): Promise<void> {
     this.closing = true;
-    const failures: unknown[] = [];
     for (const [name, entry] of this.entries) {
       if (entry.kind !== 'open') continue;
-      await this.drop(name, entry).catch((error: unknown) => failures.push(error));
+      await this.drop(name, entry).catch((error: unknown) => this.failures.push(error));
     }
-    if (failures.length > 0) throw failures[0];
+    if (this.failures.length > 0) throw this.failures[0];
   }
 
   /** What is free where images of arriving volumes go. */
@@ -369,6 +370,7 @@ export class Volumes {
     if (this.entries.get(name) !== entry) return; // on its way out: whoever takes it away hears of it
     this.options.link?.table.remove(name);
     this.markUnavailable(name, entry.service.image, null, messageOf(why));
+    if (this.closing) this.failures.push(why);
     void this.queue.run(name, async () => {
       // What was under way there may have failed, and left it so as well.
       if (this.closing || this.entries.get(name)?.kind !== 'unavailable') return;

@@ -6,7 +6,7 @@ import type { DaemonParts } from '../../src/host/parts.js';
 import { DataThreads } from '../../src/host/threads/data-threads.js';
 import { FAULTS, type Fault } from './faults.js';
 
-export function faultyParts(threadsMax = 2): Partial<DaemonParts> & { threads: DataThreads } {
+export function faultyParts(threadsMax = 2): Omit<DaemonParts, 'hypervisor'> & { threads: DataThreads } {
   const threads = new DataThreads({ threadsMax, script: new URL('./faulty-thread.js', import.meta.url) });
   const { hold, failed, close } = threads;
   return { threads, hold, failed, close, listen: listenWith(threads.startSession) };

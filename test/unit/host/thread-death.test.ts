@@ -148,6 +148,84 @@ test('a machine that arrives goes on with its disk, and the source’s link come
   assert.equal((await b.client.volume('disk')).phase, 'plain');
 });
 
+test('what was answered is there, however often the thread dies in the midst of it', async (t) => {
+  const hosts = new RealHosts(t);
+  const a = await hosts.withMachine('a');
+  const b = await hosts.start('b', {}, faultyParts());
+  const disk = await a.client.volume('disk');
+  assert.ok(disk.phase === 'plain' && disk.linkUri !== null);
+  const { id: volumeId, generation, linkUri: sourceUri } = disk;
+  const slow = { rateBytesPerSecond: 4096 };
+  await b.client.createVolume({ name: 'disk', size: SIZE, volumeId, generation, sourceUri, ...slow });
+  await a.client.seal('disk', generation + 1);
+  await b.client.takeover('disk', generation + 1);
+  const { image } = b.daemon.volumes.service('disk');
+
+  const blocks = SIZE / BLOCK;
+  /** By block: what was answered, and what may be there instead. */
+  const sure = new Uint8Array(blocks).fill('a'.charCodeAt(0));
+  const maybe = Array.from({ length: blocks }, () => new Set<number>());
+  let version = 0;
+  for (let death = 0; death < 3; death++) {
+    const before = threadOf(b, 'disk');
+    const guest = await NbdClient.connect(`nbd+unix:///disk?socket=${hosts.guestSocket('b')}`);
+    /** Writes blocks of its own, and parts of them, until the guest's connection is lost. */
+    const write = async (lane: number): Promise<void> => {
+      for (let block = lane; ; block = (block + 16) % blocks) {
+        version = (version + 1) % 256;
+        const value = version;
+        maybe[block]!.add(value);
+        await guest.write(block * BLOCK, Buffer.alloc(BLOCK, value), 0, BLOCK, { fua: value % 4 === 0 });
+        maybe[block]!.clear();
+        sure[block] = value;
+      }
+    };
+    const flush = async (): Promise<void> => {
+      for (;;) await guest.flush();
+    };
+    const lanes = [...Array.from({ length: 16 }, (_, lane) => write(lane)), flush()];
+    const ended = Promise.allSettled(lanes);
+    const from = version;
+    await until(() => (version - from + 256) % 256 > 60, 'some writes');
+    fail({ image, how: death % 2 === 0 ? 'throw' : 'exit' });
+    await ended;
+    await reopened(b, 'disk', before);
+    const again = await NbdClient.connect(`nbd+unix:///disk?socket=${hosts.guestSocket('b')}`);
+    const content = await readAt(again, 0, SIZE);
+    for (let block = 0; block < blocks; block++) {
+      const value = content[block * BLOCK]!;
+      const right = value === sure[block] || maybe[block]!.has(value);
+      assert.ok(right, `block ${block} is ${value}, was answered ${sure[block]} (death ${death})`);
+      // A write that was under way when the thread died is there, or is not; from now on that is settled.
+      sure[block] = value;
+      maybe[block]!.clear();
+    }
+    await again.close();
+  }
+});
+
+test('a volume whose thread dies while the daemon stops was not closed in order, and that is said', async (t) => {
+  const { host, images } = await pair(t);
+  const both = ['one', 'two'].map((name) => host.daemon.volumes.service(name));
+  let first = true;
+  for (const [index, held] of both.entries()) {
+    const other = both[1 - index]!;
+    const close = held.close.bind(held);
+    held.close = async () => {
+      if (first) {
+        first = false;
+        fail({ image: other.image, how: 'exit' });
+        await assert.rejects(async () => {
+          for (;;) await other.look();
+        }, failsWith('control'));
+      }
+      await close();
+    };
+  }
+  await assert.rejects(host.daemon.stop(AbortSignal.abort()), failsWith('control'));
+  assert.equal(descriptorsOf(images[0]) + descriptorsOf(images[1]), 0);
+});
+
 test('a cancel whose answer was lost with its thread is known to have been one', async (t) => {
   const hosts = new RealHosts(t);
   const a = await hosts.withMachine('a');
