@@ -114,6 +114,8 @@ export class DataThread {
     this.#volumes.set(volume, resident);
     try {
       const facts = (await this.#ask({ kind: 'open', volume, order })) as VolumeFacts;
+      // The answer and the death behind it can arrive in one step, before this line.
+      if (this.#lost !== null) throw this.#lost;
       resident.held = new RemoteVolume(this, volume, name, facts);
       return resident.held;
     } catch (error) {
@@ -143,7 +145,14 @@ export class DataThread {
     }
     this.#sessions.set(number, session);
     this.#fds.set(number, handover.fd);
-    this.#post({ kind: 'session', session: number, ...handover });
+    try {
+      this.#post({ kind: 'session', session: number, ...handover });
+    } catch (error) {
+      this.#sessions.delete(number);
+      this.#fds.delete(number);
+      closeFd(handover.fd);
+      session.over(error as Error);
+    }
     return number;
   }
 
