@@ -4,12 +4,15 @@ import assert from 'node:assert/strict';
 import { readdirSync, readlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type TestContext, test } from 'node:test';
+import type { DaemonParts } from '../../../src/host/parts.js';
+import { runDaemon } from '../../../src/host/run.js';
 import type { RemoteVolume } from '../../../src/host/threads/remote-volume.js';
 import { NbdClient } from '../../../src/nbd/client/client.js';
 import { readAt, writeAt } from '../../lab/ferry.js';
 import { type RealHost, RealHosts, SIZE } from '../../support/real-hosts.js';
 import { fail, faultyParts } from '../../support/threaded-hosts.js';
 import { failsWith, until } from '../../support/volume.js';
+import { FakeParts, silent } from './fakes.js';
 
 const BLOCK = 4096;
 const SERVE = { kind: 'serve', readOnly: false } as const;
@@ -270,6 +273,51 @@ test('threads that die again and again end the daemon', async (t) => {
   const view = await host.client.volume('one');
   assert.equal(view.phase, 'unavailable');
   assert.equal((await host.client.volume('two')).phase, 'plain');
+});
+
+test('a daemon whose threads die again and again ends in order, with the reason', async (t) => {
+  const hosts = new RealHosts(t);
+  const home = join(hosts.folder, 'h');
+  const socket = join(home, 'one.sock');
+  const parts: DaemonParts = {
+    ...faultyParts(1),
+    hypervisor: new FakeParts(hosts.network).hypervisor,
+  };
+  let ready: () => void = () => undefined;
+  const started = new Promise<void>((resolve) => {
+    ready = resolve;
+  });
+  const ended = runDaemon(
+    {
+      kind: 'host',
+      name: 'h',
+      stateDir: join(home, 'state'),
+      control: join(home, 'c.sock'),
+      link: null,
+      images: null,
+      folders: [home],
+      machinesDir: join(home, 'vms'),
+      guestAddresses: () => [`unix:${socket}`],
+      diskSocket: () => socket,
+      migrationAddress: '::1',
+      stopTimeoutMs: 0,
+      volumes: [{ name: 'one', image: hosts.image, mode: SERVE }],
+      vms: [],
+      toleratesBadVolumes: true,
+      parts,
+      log: silent,
+    },
+    ready,
+  ).catch((error: unknown) => error);
+  await started;
+  for (let deaths = 0; deaths < 4; deaths++) {
+    let guest: NbdClient | null = null;
+    while (guest === null) guest = await NbdClient.connect(`nbd+unix:///?socket=${socket}`).catch(() => null);
+    fail({ image: hosts.image, how: 'exit' });
+    await guest.closed;
+  }
+  assert.ok(failsWith('closed', /4 data threads died/)(await ended));
+  assert.equal(descriptorsOf(hosts.image), 0);
 });
 
 test('a volume that kills its thread as it is opened does not take the daemon with it', async (t) => {

@@ -1,7 +1,7 @@
 /** Volumes on data threads: which one, what crosses, and how connections come there. */
 
 import assert from 'node:assert/strict';
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readlinkSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, afterEach, before, beforeEach, describe, test } from 'node:test';
@@ -143,6 +143,18 @@ describe('data threads', () => {
   });
 });
 
+/** Descriptors of this process, all its threads', that are sockets. */
+function openSockets(): number {
+  const links = readdirSync('/proc/self/fd').map((fd) => {
+    try {
+      return readlinkSync(join('/proc/self/fd', fd));
+    } catch {
+      return ''; // closed meanwhile
+    }
+  });
+  return links.filter((link) => link.startsWith('socket:')).length;
+}
+
 /** Chooses an export and sends READs in pieces of any size, some of them while the handshake is answered. */
 async function pipelined(client: RawClient, name: string, cuts: readonly number[]): Promise<void> {
   await client.receive(GREETING_BYTES);
@@ -179,6 +191,7 @@ for (const transport of ['unix', 'tcp'] as const) {
     test('is served on the volume’s thread, and not a byte behind the handshake is lost', async () => {
       const volumes = [await hold('a'), await hold('b')];
       const listener = await share(addressOf(), volumes);
+      const before = openSockets();
       const handshake = 4 + 16 + 1;
       for (let cut = 1; cut < handshake + 28 * 3; cut += 5) {
         const client = await connect(listener);
@@ -186,6 +199,7 @@ for (const transport of ['unix', 'tcp'] as const) {
         client.close();
       }
       await until(() => listener.connections('a') + listener.connections('b') === 0, 'the ends');
+      await until(() => openSockets() === before, 'the last descriptor');
     });
 
     test('that sends its farewell at once gets all its answers first', async () => {
@@ -261,9 +275,11 @@ describe('a connection behind TLS', () => {
 
   test('that is lost ends over there, and one that is cut off here ends', async () => {
     const { listener, uri } = await shared();
+    const before = openSockets();
     const lost = await NbdClient.connect(uri);
     lost.destroy();
     await until(() => listener.connections('a') === 0, 'the end of the lost one');
+    await until(() => openSockets() === before, 'the last descriptor');
     const client = await NbdClient.connect(uri);
     const closing = listener.close();
     assert.notEqual(await client.closed, null);
