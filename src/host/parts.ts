@@ -71,6 +71,7 @@ export class ExportTable implements ExportDirectory {
       contexts: device.contexts,
       preferredBlock: device.preferredBlock,
       multiConn: device.multiConn,
+      fastZero: device.fastZero ?? false,
       ...policy,
       open: () => device,
     });

@@ -11,6 +11,7 @@ export class ImageDevice implements BlockDevice {
   readonly size: number;
   readonly readOnly: boolean;
   readonly multiConn = true;
+  readonly fastZero = true;
   readonly preferredBlock = BLOCK_BYTES;
   readonly contexts = [BASE_ALLOCATION, ALLOCATION_DEPTH];
   readonly path: string;
@@ -44,6 +45,10 @@ export class ImageDevice implements BlockDevice {
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     return this.#closing === null ? this.#store.readNow(offset, length, buffer, at) : Errno.ESHUTDOWN;
+  }
+
+  zeroesNow(offset: number, length: number): number {
+    return this.#closing === null ? this.#store.zeroesNow(offset, length) : 0;
   }
 
   writeNow(offset: number, length: number, buffer: Buffer, at: number): number {

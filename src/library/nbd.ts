@@ -13,6 +13,7 @@ export {
   NbdClient,
   type NbdClientOptions,
   NbdReplyError,
+  type ReadOptions,
   type WriteOptions,
   type ZeroOptions,
 } from '../nbd/client/client.js';

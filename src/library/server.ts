@@ -139,7 +139,8 @@ function entriesOf(exports: readonly NbdExport[], tls: ServerTlsSettings | undef
     if (names.has(name)) throw new BlockferryError('usage', `two exports have the name '${name}'`);
     names.add(name);
     const { size, readOnly, contexts, preferredBlock, multiConn } = device;
-    const facts = { size, readOnly, contexts, preferredBlock, multiConn };
+    const fastZero = device.fastZero ?? false;
+    const facts = { size, readOnly, contexts, preferredBlock, multiConn, fastZero };
     checkLimit('connectionsMax', connectionsMax);
     return {
       ...{ name, description, ...facts, tlsOnly, open: () => device },

@@ -16,9 +16,9 @@ export const LATER = -1;
 export interface IoRequest {
   /** Bytes from the start of the device. Bounds were checked by the session: offset + length <= size. */
   readonly offset: number;
-  /** Bytes, >= 1 (FLUSH: 0). */
+  /** Bytes, >= 1 (FLUSH: 0). READ and WRITE: PAYLOAD_BYTES_MAX at most; all others as long as the device. */
   readonly length: number;
-  /** Command flags (CommandFlag). */
+  /** Command flags (CommandFlag), without PAYLOAD_LEN. */
   readonly flags: number;
   /** READ: filled from `at` on; WRITE: the payload from `at` on. It belongs to the request until `complete`. */
   readonly buffer: Buffer;
@@ -53,6 +53,11 @@ export interface BlockDevice {
   readonly readOnly: boolean;
   /** FLUSH and FUA on one connection cover completed writes of all (MULTI_CONN). */
   readonly multiConn: boolean;
+  /**
+   * Heeds FAST_ZERO in `zero`: it answers ENOTSUP at once, and changes nothing, unless it zeroes faster than data could be written. Default:
+   * false, and clients are not offered it.
+   */
+  readonly fastZero?: boolean;
   /** Preferred request size in bytes, a power of two >= 512. */
   readonly preferredBlock: number;
   /** Metadata contexts it can report, e.g. `base:allocation`. */
@@ -61,15 +66,24 @@ export interface BlockDevice {
   readonly transactionLog?: TransactionLog | null;
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number;
+  /**
+   * How many bytes from `offset` on are known to read as zeros at this moment, 0 to `length`: asked before long READs, whose reply
+   * can do without them. Cheap, and never a guess. Without it nothing is known.
+   */
+  zeroesNow?(offset: number, length: number): number;
   /** Never asked with FUA: those go to `write`. */
   writeNow(offset: number, length: number, buffer: Buffer, at: number): number;
   read(request: IoRequest): void;
   write(request: IoRequest): void;
   flush(request: IoRequest): void;
   trim(request: IoRequest): void;
+  /** Its flags may hold NO_HOLE, and FAST_ZERO if that is offered; nothing but FAST_ZERO may be answered with ENOTSUP. */
   zero(request: IoRequest): void;
   cache(request: IoRequest): void;
   status(request: StatusRequest): void;
-  /** The session is over: its requests are abandoned. Called once per session. */
+  /**
+   * The session is over. Those of its requests that are `abandoned` should be completed soon, whatever they wait for: they keep
+   * the session's place among the connections. Called once per session.
+   */
   release(): void;
 }

@@ -13,6 +13,7 @@ export class GuestDevice implements BlockDevice {
   readonly size: number;
   readonly readOnly: boolean;
   readonly multiConn = true;
+  readonly fastZero = true;
   readonly preferredBlock = BLOCK_BYTES;
   readonly contexts = CONTEXTS;
   readonly #store: BlockStore;
@@ -28,6 +29,10 @@ export class GuestDevice implements BlockDevice {
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     return this.volume.readable ? this.#store.readNow(offset, length, buffer, at) : Errno.EPERM;
+  }
+
+  zeroesNow(offset: number, length: number): number {
+    return this.volume.readable ? this.#store.zeroesNow(offset, length) : 0;
   }
 
   writeNow(offset: number, length: number, buffer: Buffer, at: number): number {
@@ -64,7 +69,9 @@ export class GuestDevice implements BlockDevice {
     else request.complete(Errno.EPERM);
   }
 
-  release(): void {}
+  release(): void {
+    this.#store.dropAbandoned();
+  }
 }
 
 /**
@@ -86,6 +93,10 @@ export class LinkDevice implements BlockDevice {
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     return this.volume.closed ? Errno.ESHUTDOWN : this.#store.readNow(offset, length, buffer, at);
+  }
+
+  zeroesNow(offset: number, length: number): number {
+    return this.volume.closed ? 0 : this.#store.zeroesNow(offset, length);
   }
 
   writeNow(): number {
@@ -123,5 +134,7 @@ export class LinkDevice implements BlockDevice {
     else this.#store.status(request);
   }
 
-  release(): void {}
+  release(): void {
+    this.#store.dropAbandoned();
+  }
 }

@@ -97,6 +97,8 @@ class World implements Supplier {
     this.#fetch(first, end);
   }
 
+  dropAbandoned(): void {}
+
   readThrough(request: Io): void {
     this.#through.push(request);
   }

@@ -143,6 +143,8 @@ export class HeldSource implements Supplier {
     this.prefetches.push([first, end]);
   }
 
+  dropAbandoned(): void {}
+
   readThrough(request: IoRequest): void {
     this.through.push(request);
   }

@@ -29,6 +29,8 @@ const FLAGS =
 
 type Head = Pick<RequestHead, 'command' | 'flags' | 'offset' | 'length'>;
 
+const WRITTEN = { command: Command.WRITE, flags: 0 };
+
 const changes = (command: number): boolean =>
   command === Command.WRITE || command === Command.TRIM || command === Command.WRITE_ZEROES;
 
@@ -80,7 +82,7 @@ export class Recorder implements LogWaiter {
     if (!this.#kept(head.command)) return;
     const number = this.#number();
     this.#request(number, head, head.offset, this.#lengthOf(head, errno));
-    this.#reply(number, errno);
+    this.#reply(number, errno, head);
   }
 
   disconnected(head: Head): void {
@@ -96,7 +98,7 @@ export class Recorder implements LogWaiter {
 
   /** It did. */
   wrote(): void {
-    this.#reply(this.#triedNumber, Errno.OK);
+    this.#reply(this.#triedNumber, Errno.OK, WRITTEN);
   }
 
   /** It did not: it failed, or will be asked again. Nothing else happened meanwhile. */
@@ -140,7 +142,7 @@ export class Recorder implements LogWaiter {
   }
 
   reply(request: Request, errno: number): void {
-    if (this.#kept(request.command)) this.#reply(request.number, errno);
+    if (this.#kept(request.command)) this.#reply(request.number, errno, request);
   }
 
   // Records
@@ -183,8 +185,8 @@ export class Recorder implements LogWaiter {
     this.#end = this.log.end;
   }
 
-  #reply(number: number, errno: number): void {
-    const shown = errno === Errno.OK ? Errno.OK : failureOf(errno).errno;
+  #reply(number: number, errno: number, { command, flags }: Pick<Head, 'command' | 'flags'>): void {
+    const shown = errno === Errno.OK ? Errno.OK : failureOf(errno, command, flags).errno;
     this.log.reply(this.#connection, number, shown);
     this.#end = this.log.end;
   }

@@ -33,6 +33,8 @@ export interface SessionParameters {
   /** Writes are refused, though the device may take them. Default: as the device says. */
   readOnly?: boolean;
   structured: boolean;
+  /** Extended headers were agreed on, and with them structured replies. Default: false. */
+  extended?: boolean;
   contexts: readonly SelectedContext[];
   /** The first bytes of transmission, which came together with the end of the handshake. */
   rest: Buffer;
@@ -242,7 +244,7 @@ export class Connection implements Counted {
   }
 
   #startSession(result: Extract<HandshakeResult, { kind: 'transmission' }>): void {
-    const { entry, device, structured, contexts, rest } = result;
+    const { entry, device, structured, extended, contexts, rest } = result;
     const { log, startSession } = this.#parameters;
     clearTimeout(this.#deadline);
     this.#stopReading();
@@ -252,6 +254,7 @@ export class Connection implements Counted {
         device,
         readOnly: entry.readOnly,
         structured,
+        extended,
         contexts,
         rest,
         log: log.child({

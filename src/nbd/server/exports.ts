@@ -18,6 +18,8 @@ export interface ExportEntry {
   preferredBlock: number;
   /** FLUSH and FUA on one connection cover completed writes of all. */
   multiConn: boolean;
+  /** The device heeds FAST_ZERO. Default: false. */
+  fastZero?: boolean;
   /** Shown to and opened for clients behind TLS only. Default: false. */
   tlsOnly?: boolean;
   /** Which clients may do what; the first rule that fits counts, and whom none fits sees nothing. Default: everybody may write. */
@@ -44,11 +46,12 @@ export function defaultOrNamed(entries: readonly ExportEntry[], name: string): E
 
 /**
  * The transmission flags of an export (TransmissionFlag). A read-only export offers no command that writes.
- * `structured`: structured replies were agreed on.
+ * `structured`: structured replies, or extended headers, were agreed on; `filters`: extended headers, and metadata contexts.
  */
 export function transmissionFlags(
-  device: { readonly readOnly: boolean; readonly multiConn: boolean },
+  device: { readonly readOnly: boolean; readonly multiConn: boolean; readonly fastZero?: boolean },
   structured: boolean,
+  filters = false,
 ): number {
   let flags =
     TransmissionFlag.HAS_FLAGS |
@@ -56,8 +59,12 @@ export function transmissionFlags(
     TransmissionFlag.SEND_FUA |
     TransmissionFlag.SEND_CACHE;
   if (device.readOnly) flags |= TransmissionFlag.READ_ONLY;
-  else flags |= TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES;
+  else {
+    flags |= TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES;
+    if (device.fastZero === true) flags |= TransmissionFlag.SEND_FAST_ZERO;
+  }
   if (structured) flags |= TransmissionFlag.SEND_DF;
+  if (filters) flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD;
   if (device.multiConn) flags |= TransmissionFlag.CAN_MULTI_CONN;
   return flags;
 }

@@ -23,6 +23,8 @@ export type HandshakeResult =
       device: BlockDevice;
       /** Structured replies were agreed on. */
       structured: boolean;
+      /** Extended headers were agreed on; then `structured` is true as well. */
+      extended: boolean;
       /** Metadata contexts the client selected; without `structured` none. */
       contexts: readonly SelectedContext[];
       /** NO_ZEROES was agreed on. */

@@ -41,7 +41,9 @@ import { end, type HandshakeParameters, type HandshakeResult } from './handshake
 const MINIMUM_BLOCK_BYTES = 1;
 
 interface Agreed {
+  /** Structured replies, or extended headers. */
   structured: boolean;
+  extended: boolean;
   /** Of the last SET_META_CONTEXT, if it succeeded. It counts for that export only. */
   contexts: { entryName: string; selected: SelectedContext[] } | undefined;
 }
@@ -56,7 +58,7 @@ export class OptionAnswers {
   readonly #listExports: boolean;
   readonly #refusal: (entry: ExportEntry) => string | undefined;
   readonly #openFailed: (entry: ExportEntry, error: unknown) => void;
-  readonly #agreed: Agreed = { structured: false, contexts: undefined };
+  readonly #agreed: Agreed = { structured: false, extended: false, contexts: undefined };
   #namesListed = 0;
   #bytesListed = 0;
 
@@ -94,7 +96,8 @@ export class OptionAnswers {
       case Option.LIST_META_CONTEXT:
       case Option.SET_META_CONTEXT:
         return this.#metaContext(option, data);
-      // EXTENDED_HEADERS belongs here once it is spoken; until then it is as unknown as any other.
+      case Option.EXTENDED_HEADERS:
+        return this.#extendedHeaders(data);
       default:
         return this.#refuseUnknown(option);
     }
@@ -146,6 +149,7 @@ export class OptionAnswers {
   #exportName(data: Buffer, rest: Buffer): HandshakeResult {
     if (this.#exports.shuttingDown) return end('shutting-down', 'the server is shutting down');
     if (this.#tlsMissing) return end('tls-required', 'it asked for an export without TLS, which is required');
+    if (this.#agreed.extended) return end('export-name', 'EXPORT_NAME must not follow EXTENDED_HEADERS');
     const name = parseExportName(data);
     if (!name.ok) return end('export-name', name.problem);
     const entry = this.#exports.find(name.value);
@@ -194,7 +198,7 @@ export class OptionAnswers {
   }
 
   #describe(option: number, entry: ExportEntry, { infos }: InfoRequest): undefined {
-    this.#send(encodeInfoExport(option, entry.size, transmissionFlags(entry, this.#agreed.structured)));
+    this.#send(encodeInfoExport(option, entry.size, this.#flagsOf(entry)));
     if (infos.has(Info.NAME)) this.#send(encodeInfoName(option, entry.name));
     if (infos.has(Info.DESCRIPTION) && entry.description !== '')
       this.#send(encodeInfoDescription(option, entry.description));
@@ -203,12 +207,35 @@ export class OptionAnswers {
     return this.#ack(option);
   }
 
+  /** Transmission flags of an export for this client. */
+  #flagsOf(entry: ExportEntry): number {
+    const { structured, extended } = this.#agreed;
+    return transmissionFlags(entry, structured, extended && this.#contextsOf(entry).length > 0);
+  }
+
+  #contextsOf(entry: ExportEntry): readonly SelectedContext[] {
+    const { contexts } = this.#agreed;
+    return contexts?.entryName === entry.name ? contexts.selected : [];
+  }
+
   #structuredReply(data: Buffer): undefined {
     const option = Option.STRUCTURED_REPLY;
     if (data.length > 0)
       return this.#refuse(option, OptionReply.ERR_INVALID, 'STRUCTURED_REPLY takes no data');
+    if (this.#agreed.extended)
+      return this.#refuse(option, OptionReply.ERR_EXT_HEADER_REQD, 'extended headers are agreed on already');
     if (this.#agreed.structured) return this.#refuse(option, OptionReply.ERR_INVALID, 'agreed on already');
     this.#agreed.structured = true;
+    return this.#ack(option);
+  }
+
+  #extendedHeaders(data: Buffer): undefined {
+    const option = Option.EXTENDED_HEADERS;
+    if (data.length > 0)
+      return this.#refuse(option, OptionReply.ERR_INVALID, 'EXTENDED_HEADERS takes no data');
+    if (this.#agreed.extended) return this.#refuse(option, OptionReply.ERR_INVALID, 'agreed on already');
+    this.#agreed.structured = true;
+    this.#agreed.extended = true;
     return this.#ack(option);
   }
 
@@ -241,7 +268,8 @@ export class OptionAnswers {
       if (
         device.size === entry.size &&
         (entry.readOnly || !device.readOnly) &&
-        device.multiConn === entry.multiConn
+        device.multiConn === entry.multiConn &&
+        (device.fastZero === true || entry.fastZero !== true)
       )
         return device;
       device.release();
@@ -255,13 +283,14 @@ export class OptionAnswers {
   }
 
   #transmission(entry: ExportEntry, device: BlockDevice, rest: Buffer): HandshakeResult {
-    const { structured, contexts } = this.#agreed;
+    const { structured, extended } = this.#agreed;
     return {
       kind: 'transmission',
       entry,
       device,
       structured,
-      contexts: contexts?.entryName === entry.name ? contexts.selected : [],
+      extended,
+      contexts: this.#contextsOf(entry),
       noZeroes: this.noZeroes,
       rest,
     };
@@ -293,6 +322,7 @@ const IMPLEMENTED: ReadonlySet<number> = new Set([
   Option.STRUCTURED_REPLY,
   Option.LIST_META_CONTEXT,
   Option.SET_META_CONTEXT,
+  Option.EXTENDED_HEADERS,
 ]);
 
 function noExport(name: string): string {

@@ -15,7 +15,6 @@ import { probe, type Target } from './target.js';
 const SIZE = 80 << 20;
 /** What blockferry does not offer, or not to this client; the cases' reasons. */
 const NOT_OFFERED: readonly string[] = [
-  'extended headers',
   'a server that demands TLS',
   'a server without NO_ZEROES',
   'a server without CACHE',

@@ -208,7 +208,9 @@ describe('requests', () => {
       const recorder = new Recorder(device.transactionLog, () => undefined);
       const owner = {
         pool: new SlabPool(),
+        extended: false,
         abandoned: false,
+        silent: false,
         changed() {},
         completed() {},
         completedTwice() {},
