@@ -38,7 +38,7 @@ export type Agreed = Omit<SessionParameters, 'device' | 'log' | 'complain'>;
 /** What a handshake tells of a device. */
 export type DeviceFacts = Pick<
   BlockDevice,
-  'size' | 'readOnly' | 'multiConn' | 'preferredBlock' | 'contexts'
+  'size' | 'readOnly' | 'multiConn' | 'fastZero' | 'preferredBlock' | 'contexts'
 >;
 
 /** What the control side knows of a volume from its opening on. */

@@ -130,6 +130,7 @@ export class RemoteDevice implements BlockDevice {
   readonly size: number;
   readonly readOnly: boolean;
   readonly multiConn: boolean;
+  readonly fastZero: boolean;
   readonly preferredBlock: number;
   readonly contexts: readonly string[];
 
@@ -140,6 +141,7 @@ export class RemoteDevice implements BlockDevice {
     this.size = facts.size;
     this.readOnly = facts.readOnly;
     this.multiConn = facts.multiConn;
+    this.fastZero = facts.fastZero ?? false;
     this.preferredBlock = facts.preferredBlock;
     this.contexts = facts.contexts;
   }

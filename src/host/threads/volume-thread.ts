@@ -178,6 +178,7 @@ export function isLast(verb: Verb): boolean {
   return verb === 'cancel' || verb === 'close';
 }
 
-function factsOf({ size, readOnly, multiConn, preferredBlock, contexts }: DeviceFacts): DeviceFacts {
-  return { size, readOnly, multiConn, preferredBlock, contexts: [...contexts] };
+function factsOf(device: DeviceFacts): DeviceFacts {
+  const { size, readOnly, multiConn, fastZero = false, preferredBlock, contexts } = device;
+  return { size, readOnly, multiConn, fastZero, preferredBlock, contexts: [...contexts] };
 }
