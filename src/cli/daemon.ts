@@ -69,7 +69,7 @@ export async function runOneVolume(
           ]),
         }),
     toleratesBadVolumes: false,
-    parts: daemonParts(machinesDir),
+    parts: daemonParts(machinesDir, 0),
     log,
   };
   // Who made the sockets, or holds the other end of stdio, has stdout for itself: nbdinfo --json, an NBD session.

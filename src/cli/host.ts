@@ -49,7 +49,7 @@ export function hostCommand(): Command {
           ),
           vms,
           toleratesBadVolumes: true,
-          parts: daemonParts(machinesDir),
+          parts: daemonParts(machinesDir, config.dataThreads),
           log: daemonLog(name, options.logLevel),
         },
         (uris) => announce(uris, process.stdout),

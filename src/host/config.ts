@@ -12,11 +12,13 @@ import { ACCESS_RULES_MAX, type AccessRule, parseAccessRule, unprovable } from '
 import type { ClientTlsSettings, ServerTlsSettings, TlsMode } from '../nbd/tls.js';
 import type { ExportPolicy, ListenLimits } from './parts.js';
 import { defaultStateDir, RESERVED_NAMES } from './state-dir.js';
+import { defaultDataThreads } from './threads/default.js';
 
 const CONFIG_BYTES_MAX = 1 << 20;
 const NAME_BYTES_MAX = 128;
 const VOLUMES_MAX = 4096;
 const MACHINES_MAX = 1024;
+const DATA_THREADS_MAX = 64;
 
 /** Names become folder, socket and export names, so they are plain words. */
 export const volumeName = z
@@ -88,6 +90,7 @@ const configSchema = z.strictObject({
   run: path.optional(),
   migrationAddress: noNul.min(1).default('127.0.0.1'),
   stopTimeoutSeconds: z.number().min(0).max(3600).default(30),
+  dataThreads: z.number().int().min(0).max(DATA_THREADS_MAX).optional(),
   volumes: z
     .array(
       z.strictObject({
@@ -134,6 +137,8 @@ export interface HostConfig {
   migrationAddress: string;
   /** How long a guest may take to power off when the daemon stops. */
   stopTimeoutMs: number;
+  /** Threads that volumes are spread over, at most; 0: they are on the main thread. */
+  dataThreads: number;
   volumes: {
     name: string;
     image: string;
@@ -206,6 +211,7 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
     run: absolute(config.run ?? join(stateDir, 'run')),
     migrationAddress: config.migrationAddress,
     stopTimeoutMs: config.stopTimeoutSeconds * 1000,
+    dataThreads: config.dataThreads ?? defaultDataThreads(),
     volumes: config.volumes.map(({ name, image, access: rules, connections, transactionLog }) => ({
       name,
       image: absolute(image),

@@ -7,7 +7,7 @@
  * whose process outlived a killed daemon is shown as `unmanaged` until that process ends.
  */
 
-import { existsSync, mkdirSync, readdirSync } from 'node:fs';
+import { mkdirSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
@@ -31,6 +31,7 @@ import {
 } from './parts.js';
 import { DaemonRecord } from './record.js';
 import { bringRetiredBack } from './retired.js';
+import { hasState } from './state-dir.js';
 import { Volumes } from './volumes.js';
 
 export interface DaemonOptions {
@@ -101,7 +102,7 @@ export class Daemon {
     const record = DaemonRecord.open(stateDir, options.name);
     makeFolders(options.folders);
     const link = await openLink(options);
-    const { openVolume, listen, hypervisor } = parts;
+    const { hold, hypervisor } = parts;
     const { guestTls, limits = {}, guestPolicy, linkPolicy } = options;
     const settings: ListenSettings = { limits, ...(guestTls === undefined ? {} : { tls: guestTls }) };
     const volumes = new Volumes({
@@ -109,8 +110,8 @@ export class Daemon {
       images,
       guestAddresses,
       link,
-      openVolume: (what) => openVolume({ ...what, ...settingsOf(options, what.name) }),
-      listen: (addresses, exports, to) => listen(addresses, exports, to, settings),
+      hold: (what) => hold({ ...what, ...settingsOf(options, what.name) }),
+      guestSettings: settings,
       guestPolicy: guestPolicy ?? (() => ({})),
       linkPolicy: linkPolicy ?? (() => ({})),
       record,
@@ -163,9 +164,14 @@ export class Daemon {
         images,
         linkUri: this.link?.listener.addresses()[0] ?? null,
       },
-      volumes: this.volumes.views(),
+      volumes: await this.volumes.views(),
       vms: await this.machines.views(),
     };
+  }
+
+  /** Rejects when the daemon cannot go on, and must be stopped; never resolves. */
+  get failed(): Promise<never> {
+    return this.options.parts.failed ?? new Promise<never>(() => undefined);
   }
 
   /** Ends machines, sessions and volumes, in this order. `hurry` ends the guests' time to power off. Repeatable. */
@@ -188,6 +194,7 @@ export class Daemon {
     await attempt('control socket', this.control?.close());
     await attempt('link', this.link?.listener.close());
     await attempt('volumes', this.volumes.close());
+    await attempt('data threads', this.options.parts.close?.());
     if (failures.length > 0) throw failures[0];
   }
 
@@ -241,10 +248,6 @@ function settingsOf(
     ...(sourceTls === undefined ? {} : { sourceTls }),
     ...(transactionLog === undefined ? {} : { transactionLog }),
   };
-}
-
-function hasState(stateDir: string, volume: string): boolean {
-  return existsSync(join(stateDir, volume, 'volume.json'));
 }
 
 function makeFolders(folders: readonly string[]): void {

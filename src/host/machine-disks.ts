@@ -49,10 +49,9 @@ export class MachineDisks {
 
   /** Fails unless every disk is in one of `phases`, with no change under way, and no other machine has it. */
   async check(definition: MachineDefinition, phases: readonly string[], verb: string): Promise<void> {
-    const { volumes } = this;
-    await Promise.all(definition.disks.map(({ volume }) => volumes.quiet(volume)));
-    for (const { volume } of definition.disks) {
-      const phase = volumes.phase(volume);
+    const now = await Promise.all(definition.disks.map(({ volume }) => this.volumes.quietPhase(volume)));
+    for (const [index, { volume }] of definition.disks.entries()) {
+      const phase = now[index];
       if (!phases.includes(phase)) {
         throw new BlockferryError(
           'phase',

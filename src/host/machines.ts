@@ -8,6 +8,9 @@
  * - `ran` is said of a machine that arrived only after its volumes are settled: from then on no takeover can be taken back.
  * - A guest runs on at the source (`revive`) only on volumes that accept its writes.
  * - A machine that departed is recorded so before its process ends.
+ * - What was seen of a volume may be old when it is acted on (volumes.ts says why that is safe). After every such wait this file looks again
+ *   at its own entries and records, which another request may have changed; `settle` and the checks of machine-disks.ts do so in one step
+ *   behind the last answer.
  * - Processes do not outlive the daemon's knowledge of them unseen: one that an earlier daemon left is shown as `unmanaged`, and its
  *   machine is not started a second time.
  */
@@ -93,7 +96,10 @@ export class Machines {
     if (entry.ran || entry.machine) return entry.ran;
     const noted = record.machine(name);
     if (noted?.state !== 'incoming' || noted.moveId !== entry.moveId) return false;
-    if (!entry.definition.disks.some(({ volume }) => volumes.settled(volume))) return false;
+    const settled = await Promise.all(entry.definition.disks.map(({ volume }) => volumes.settled(volume)));
+    // While they were asked, the machine may have been discarded, started, or seen to run.
+    if (!settled.includes(true) || this.entries.get(name) !== entry || record.machine(name) !== noted)
+      return entry.ran;
     entry.ran = true;
     await record
       .setMachine(name, { ...noted, state: 'arrived' })
@@ -417,7 +423,7 @@ export class Machines {
     await Promise.all(
       entry.definition.disks.map(({ volume }) => this.options.volumes.service(volume).settle()),
     );
-    if (entry.ran) return;
+    if (entry.ran || this.entries.get(name) !== entry) return;
     entry.ran = true;
     const { moveId, definition } = entry;
     await this.options.record.setMachine(name, { state: 'arrived', moveId: moveId ?? '', definition });

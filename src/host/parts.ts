@@ -8,10 +8,7 @@ import type { Hypervisor } from '../hypervisor/driver.js';
 import type { BlockDevice } from '../nbd/device.js';
 import { defaultOrNamed, type ExportDirectory, type ExportEntry } from '../nbd/server/exports.js';
 import type { ListenerParameters } from '../nbd/server/listener.js';
-import type { OpenVolumeOptions } from './open.js';
-import type { VolumeService } from './service.js';
-
-export type OpenVolume = (options: OpenVolumeOptions) => Promise<VolumeService>;
+import type { HoldVolume } from './held-volume.js';
 
 /** What the daemon needs of nbd's Listener. */
 export interface ExportListener {
@@ -46,9 +43,14 @@ export type Listen = (
 ) => Promise<ExportListener>;
 
 export interface DaemonParts {
-  openVolume: OpenVolume;
+  hold: HoldVolume;
+  /** For the link address: it can serve what `hold` gave. */
   listen: Listen;
   hypervisor: Hypervisor;
+  /** Rejects when the daemon cannot go on, and must end; never resolves. */
+  failed?: Promise<never>;
+  /** Ends what runs for the parts themselves. Every volume must be closed. */
+  close?: () => Promise<void>;
 }
 
 /** The exports of one listener, which may come and go. */

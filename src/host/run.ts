@@ -36,7 +36,13 @@ export async function runDaemon(options: DaemonOptions, ready: (uris: string[]) 
       const signalled = new Promise<void>((resolve) => {
         asked.signal.addEventListener('abort', () => resolve(), { once: true });
       });
-      await Promise.race([signalled, daemon.volumes.stdioClosed()]);
+      try {
+        await Promise.race([signalled, daemon.volumes.stdioClosed(), daemon.failed]);
+      } catch (error) {
+        options.log.fatal({ err: error }, 'stopping');
+        await daemon.stop(hurry.signal);
+        throw error;
+      }
     }
     await daemon.stop(hurry.signal);
   } finally {

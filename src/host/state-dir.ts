@@ -1,5 +1,6 @@
 /** Where a daemon keeps what outlives it. */
 
+import { existsSync } from 'node:fs';
 import { homedir } from 'node:os';
 import { join, resolve } from 'node:path';
 
@@ -27,4 +28,9 @@ export function controlSocketPath(stateDir: string, name: string): string {
 
 export function migrationsDir(stateDir: string): string {
   return join(stateDir, 'migrations');
+}
+
+/** Whether there is a volume's identity, as an earlier run or another thread left it. */
+export function hasState(stateDir: string, volume: string): boolean {
+  return existsSync(join(stateDir, volume, 'volume.json'));
 }

@@ -1,27 +1,42 @@
 /**
  * The volumes of one daemon: opened, served under their two faces, shown, and taken away again. A volume that cannot be
  * opened is kept with its error and does not disturb the others.
+ *
+ * A volume may live on another thread, so that what it says of itself may be untrue when it is heard. Each look is one step of its
+ * thread (phase, generation and `settled` of one moment); what is done on it is safe for one of these reasons:
+ * - Coming and going, takeover and cancel of one name run one after the other (`queue`). A standby that is seen there stays one: only
+ *   takeover and cancel lead out of it. That is what `cancel` builds its proof on, and `arrive` its answer.
+ * - Retired stays retired: `arrive` may drop such a volume.
+ * - `seal`, `unseal`, `retire`, `settle` and `retreat` are decided by the volume's own thread, whatever was seen here before. So a check
+ *   of phases (machine-disks.ts) only says no early: a machine let start on a volume that is sealed at that very moment gets EPERM,
+ *   as it would a moment later.
+ * - `settled` and the hand-off never become untrue again. Who acts on them after a wait looks again at what else may have changed
+ *   meanwhile (machines.ts).
+ * - A coordinator decides by `quietView`, which the volume's thread makes in the step in which no change is under way.
+ * - An entry that was found before a wait is not looked for again in the map: its volume answers 'closed' if it has gone.
+ *
+ * A volume whose thread died is opened again as after a kill, in the name's queue. Until then it is unavailable, and requests that were
+ * under way fail with 'control': whether they were carried out is not known, and asking tells.
  */
 
-import { existsSync, mkdirSync, statfsSync, statSync } from 'node:fs';
-import { join } from 'node:path';
+import { mkdirSync } from 'node:fs';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import type { CreateVolume, ServedVolume, UnavailableVolume, VolumeView } from './control/api.js';
+import type { HeldVolume, HoldVolume } from './held-volume.js';
+import { allocatedBytes, freeBytes, freeImagePath } from './images.js';
 import type { OpenMode } from './open.js';
-import {
-  type ExportListener,
-  type ExportPolicy,
-  ExportTable,
-  type Listen,
-  type OpenVolume,
-} from './parts.js';
+import type { ExportListener, ExportPolicy, ExportTable, ListenSettings } from './parts.js';
 import type { DaemonRecord } from './record.js';
 import { bringRetiredBack, retiredId, setRetiredAside } from './retired.js';
-import type { Phase, RetreatProof, VolumeService } from './service.js';
+import type { Phase, RetreatProof } from './service.js';
+import { hasState } from './state-dir.js';
+import { ThreadLostError } from './threads/messages.js';
 import { KeyedQueue, Occurrence } from './waiting.js';
 
 export const VOLUMES_MAX = 4096;
+/** A key of the queue that is no volume's name. */
+const SECOND_ATTEMPTS = '/';
 
 export interface VolumesOptions {
   stateDir: string;
@@ -31,8 +46,9 @@ export interface VolumesOptions {
   guestAddresses: (name: string) => readonly string[];
   /** Where all volumes' link faces are served; null: nowhere. */
   link: { table: ExportTable; listener: ExportListener } | null;
-  openVolume: OpenVolume;
-  listen: Listen;
+  hold: HoldVolume;
+  /** How guest faces are served. */
+  guestSettings: ListenSettings;
   /** Whom a volume's faces are for. */
   guestPolicy: (name: string) => ExportPolicy;
   linkPolicy: (name: string) => ExportPolicy;
@@ -42,9 +58,8 @@ export interface VolumesOptions {
 
 interface OpenEntry {
   kind: 'open';
-  service: VolumeService;
-  /** Serves the guest face; null until it listens and once it is closed. */
-  guest: ExportListener | null;
+  service: HeldVolume;
+  mode: OpenMode;
   handoff: Occurrence;
 }
 type Entry = OpenEntry | { kind: 'unavailable'; view: UnavailableVolume };
@@ -52,6 +67,9 @@ type Entry = OpenEntry | { kind: 'unavailable'; view: UnavailableVolume };
 export class Volumes {
   private readonly entries = new Map<string, Entry>();
   private readonly queue = new KeyedQueue();
+  private closing = false;
+  /** What went wrong while all were closed. */
+  private readonly failures: unknown[] = [];
 
   constructor(private readonly options: VolumesOptions) {}
 
@@ -59,7 +77,7 @@ export class Volumes {
   async open(name: string, image: string, mode: OpenMode, keep = false): Promise<void> {
     await this.queue.run(name, async () => {
       try {
-        await this.openEntry(name, image, mode);
+        await this.openPatiently(name, image, mode);
       } catch (error) {
         if (!keep) throw error;
         const retired = await retiredId(this.options.stateDir, name);
@@ -75,52 +93,72 @@ export class Volumes {
   }
 
   /** Fails with 'not-found', or with the error that keeps the volume from being served. */
-  service(name: string): VolumeService {
+  service(name: string): HeldVolume {
     return this.entry(name).service;
   }
 
-  phase(name: string): Phase | 'unavailable' | 'absent' {
-    const entry = this.entries.get(name);
-    if (!entry) return 'absent';
-    if (entry.kind === 'open') return entry.service.status().phase;
-    return entry.view.retiredId === null ? 'unavailable' : 'retired';
-  }
-
-  view(name: string): VolumeView {
-    const entry = this.entries.get(name);
-    if (!entry) throw new BlockferryError('not-found', `this daemon has no volume "${name}"`);
-    return entry.kind === 'open' ? this.served(entry) : entry.view;
-  }
-
-  /** Resolves when nothing is about to change what the volume is: not its coming or going, nor its phase. */
-  async quiet(name: string): Promise<void> {
-    await this.queue.run(name, async () => {
+  /** What the volume is once nothing is about to change that: not its coming or going, nor its phase. */
+  quietPhase(name: string): Promise<Phase | 'unavailable' | 'absent'> {
+    return this.queue.run(name, async () => {
       const entry = this.entries.get(name);
-      if (entry?.kind === 'open') await entry.service.quiet();
+      if (!entry) return 'absent';
+      if (entry.kind === 'open') return (await entry.service.look(true)).status.phase;
+      return entry.view.retiredId === null ? 'unavailable' : 'retired';
     });
   }
 
-  /** The volume took over, and cannot go back. */
-  settled(name: string): boolean {
+  /** What the volume is now, though a change may be under way. */
+  async view(name: string): Promise<VolumeView> {
+    const entry = this.known(name);
+    return entry.kind === 'open' ? this.served(entry, false) : entry.view;
+  }
+
+  /** As `quietPhase`. */
+  quietView(name: string): Promise<VolumeView> {
+    return this.queue.run(name, async () => {
+      const entry = this.known(name);
+      return entry.kind === 'open' ? this.served(entry, true) : entry.view;
+    });
+  }
+
+  /** The volume took over, and cannot go back. False also where that cannot be told now. */
+  async settled(name: string): Promise<boolean> {
     const entry = this.entries.get(name);
     if (entry?.kind !== 'open') return false;
-    const { phase } = entry.service.status();
-    return phase === 'plain' || (phase === 'relocating' && entry.service.settled);
+    const look = await entry.service.look().catch(() => null);
+    if (look === null) return false;
+    const { phase } = look.status;
+    return phase === 'plain' || (phase === 'relocating' && look.settled);
   }
 
-  views(): VolumeView[] {
-    return [...this.entries.keys()].sort().map((name) => this.view(name));
+  /** All there are, each as it is when it is asked. */
+  async views(): Promise<VolumeView[]> {
+    const views = await Promise.all([...this.entries.keys()].sort().map((name) => this.viewIfThere(name)));
+    return views.filter((view) => view !== null);
   }
 
-  /** NBD URIs of every guest face. */
-  uris(): string[] {
-    return [...this.entries.values()].flatMap((entry) => (entry.kind === 'open' ? guestUris(entry) : []));
+  /** Null for a volume that went meanwhile. */
+  private async viewIfThere(name: string): Promise<VolumeView | null> {
+    const entry = this.entries.get(name);
+    if (!entry) return null;
+    if (entry.kind === 'unavailable') return entry.view;
+    try {
+      return await this.served(entry, false);
+    } catch (error) {
+      const now = this.entries.get(name);
+      if (!now) return null;
+      return now.kind === 'unavailable'
+        ? now.view
+        : unavailable(name, entry.service.image, null, messageOf(error));
+    }
   }
 
   /** True once the volume is plain, false after the timeout or when the caller is gone. */
   async waitHandoff(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
     const entry = this.entry(name);
-    const { phase } = entry.service.status();
+    // Should its thread die now, the wait goes on with the volume that is opened again.
+    const look = await entry.service.look().catch(unlessLost);
+    const phase = look?.status.phase;
     if (phase === 'plain') return true;
     if (phase === 'sealed' || phase === 'retired') {
       throw new BlockferryError(
@@ -140,9 +178,9 @@ export class Volumes {
         throw new BlockferryError('usage', 'this daemon serves one volume and takes no others');
       const present = this.entries.get(name);
       if (present?.kind === 'open') {
-        const status = present.service.status();
+        const { status } = await present.service.look();
         if (present.service.id === request.volumeId && status.phase === 'standby')
-          return this.served(present);
+          return this.served(present, false);
         if (status.phase !== 'retired') {
           throw new BlockferryError('exists', `there is a volume "${name}" (${status.phase}) here already`);
         }
@@ -188,7 +226,7 @@ export class Volumes {
         }
         throw new BlockferryError('not-found', `this daemon has no volume "${name}" with the id ${volumeId}`);
       }
-      const { phase, generation } = entry.service.status();
+      const { phase, generation } = (await entry.service.look()).status;
       if (phase !== 'standby') {
         throw new BlockferryError('phase', `volume "${name}" is ${phase}: only a standby can be cancelled`);
       }
@@ -216,18 +254,19 @@ export class Volumes {
     try {
       if ((await retiredId(stateDir, name)) !== null) setRetiredAside(stateDir, name);
       if (request.image === undefined && images !== null) mkdirSync(images, { recursive: true, mode: 0o700 });
-      await this.openEntry(name, image, {
-        kind: 'arrive',
-        sourceUri,
-        volumeId,
-        generation,
-        size,
-        rateBytesPerSecond,
-      });
+      const mode = { kind: 'arrive', sourceUri, volumeId, generation, size, rateBytesPerSecond } as const;
+      await this.openEntry(name, image, mode, new Occurrence());
     } catch (error) {
-      await this.forgetArrival(name);
+      await this.notArrived(name, image, error);
       throw error;
     }
+  }
+
+  /** What came of a volume before its thread died stays, as after a kill: the move is repeated, or cancelled. */
+  private async notArrived(name: string, image: string, error: unknown): Promise<void> {
+    if (error instanceof ThreadLostError && hasState(this.options.stateDir, name))
+      await this.reopen(name, image, { kind: 'resume' }, new Occurrence());
+    else await this.forgetArrival(name);
   }
 
   /** As if it had never come: what was retired here before is so again. */
@@ -240,87 +279,127 @@ export class Volumes {
   }
 
   private markUnavailable(name: string, image: string, retired: string | null, error: string): void {
-    const view = { name, phase: 'unavailable', retiredId: retired, image, error } as const;
-    this.entries.set(name, { kind: 'unavailable', view });
+    this.entries.set(name, { kind: 'unavailable', view: unavailable(name, image, retired, error) });
   }
 
   /** Resolves when the client on stdio, if a volume is served there, is gone. */
   stdioClosed(): Promise<void> {
-    const listeners = [...this.entries.values()].flatMap((entry) =>
-      entry.kind === 'open' ? (entry.guest ?? []) : [],
+    const sessions = [...this.entries.values()].flatMap((entry) =>
+      entry.kind === 'open' ? entry.service.stdioClosed : [],
     );
-    return Promise.race([
-      ...listeners.map((listener) => listener.stdioClosed),
-      new Promise<void>(() => undefined),
-    ]);
+    return Promise.race([...sessions, new Promise<void>(() => undefined)]);
   }
 
   /** Ends all sessions, then lets go of every volume. */
   async close(): Promise<void> {
-    const failures: unknown[] = [];
+    this.closing = true;
     for (const [name, entry] of this.entries) {
       if (entry.kind !== 'open') continue;
-      await this.drop(name, entry).catch((error: unknown) => failures.push(error));
+      await this.drop(name, entry).catch((error: unknown) => this.failures.push(error));
     }
-    if (failures.length > 0) throw failures[0];
+    if (this.failures.length > 0) throw this.failures[0];
   }
 
   /** What is free where images of arriving volumes go. */
   imagesSpace(): { path: string; freeBytes: number } | null {
     const path = this.options.images;
-    if (path === null) return null;
-    mkdirSync(path, { recursive: true, mode: 0o700 });
-    const space = statfsSync(path);
-    return { path, freeBytes: space.bavail * space.bsize };
+    return path === null ? null : { path, freeBytes: freeBytes(path) };
+  }
+
+  private known(name: string): Entry {
+    const entry = this.entries.get(name);
+    if (entry) return entry;
+    throw new BlockferryError('not-found', `this daemon has no volume "${name}"`);
   }
 
   private entry(name: string): OpenEntry {
-    const entry = this.entries.get(name);
-    if (!entry) throw new BlockferryError('not-found', `this daemon has no volume "${name}"`);
+    const entry = this.known(name);
     if (entry.kind === 'open') return entry;
     throw new BlockferryError('closed', `volume "${name}" is not served: ${entry.view.error}`);
   }
 
-  private served(entry: OpenEntry): ServedVolume {
-    const { service, guest } = entry;
+  private async served({ service }: OpenEntry, quiet: boolean): Promise<ServedVolume> {
+    const { status } = await service.look(quiet);
     const { link } = this.options;
-    const { name } = service;
     return {
-      ...service.status(),
-      uri: guestUris(entry),
-      clients: (guest?.connections(name) ?? 0) + (link?.listener.connections(name) ?? 0),
+      ...status,
+      clients: status.clients + (link?.listener.connections(service.name) ?? 0),
       image: service.image,
-      linkUri: link?.listener.addresses(name)[0] ?? null,
-      allocatedBytes: allocatedBytes(service),
+      linkUri: link?.listener.addresses(service.name)[0] ?? null,
+      allocatedBytes: allocatedBytes(service.image, service.size),
     };
   }
 
-  private async openEntry(name: string, image: string, mode: OpenMode): Promise<void> {
-    const { stateDir, openVolume, log, link, listen, guestAddresses, guestPolicy, linkPolicy } = this.options;
-    const service = await openVolume({ stateDir, name, image, mode, log });
-    const entry: OpenEntry = { kind: 'open', service, guest: null, handoff: new Occurrence() };
-    const describe = (): string => service.linkDescription;
+  /** A thread that died meanwhile may have died of another volume: a second attempt, of one volume at a time, tells. */
+  private async openPatiently(
+    name: string,
+    image: string,
+    mode: OpenMode,
+    handoff = new Occurrence(),
+  ): Promise<void> {
     try {
-      const table = new ExportTable();
-      table.add(name, describe, service.guest, guestPolicy(name));
-      entry.guest = await listen(guestAddresses(name), table, log);
-      link?.table.add(name, describe, service.link, linkPolicy(name));
+      await this.openEntry(name, image, mode, handoff);
     } catch (error) {
-      await service.close();
-      throw error;
+      if (!(error instanceof ThreadLostError) || this.closing) throw error;
+      const now: OpenMode = hasState(this.options.stateDir, name) ? { kind: 'resume' } : mode;
+      await this.queue.run(SECOND_ATTEMPTS, () => this.openEntry(name, image, now, handoff));
     }
+  }
+
+  private async openEntry(name: string, image: string, mode: OpenMode, handoff: Occurrence): Promise<void> {
+    const { stateDir, hold, log, link, guestAddresses, guestSettings, guestPolicy, linkPolicy } =
+      this.options;
+    const guest = { addresses: guestAddresses(name), policy: guestPolicy(name), settings: guestSettings };
+    let entry: OpenEntry | null = null;
+    const onLost = (why: Error): void => {
+      if (entry !== null) this.lost(name, entry, why);
+    };
+    const service = await hold({ stateDir, name, image, mode, log, guest, onLost });
+    entry = { kind: 'open', service, mode, handoff };
+    link?.table.add(name, () => service.linkDescription, service.link, linkPolicy(name));
     service.handedOff().then(
-      () => entry.handoff.announce(),
+      () => handoff.announce(),
       // The volume was closed or cancelled before: nobody may be left waiting for it.
       () => undefined,
     );
     this.entries.set(name, entry);
   }
 
+  /** The volume's thread died. In this very step the volume is unavailable, and its reopening the next in its queue. */
+  private lost(name: string, entry: OpenEntry, why: Error): void {
+    if (this.entries.get(name) !== entry) return; // on its way out: whoever takes it away hears of it
+    this.options.link?.table.remove(name);
+    this.markUnavailable(name, entry.service.image, null, messageOf(why));
+    if (this.closing) this.failures.push(why);
+    void this.queue.run(name, async () => {
+      // What was under way there may have failed, and left it so as well.
+      if (this.closing || this.entries.get(name)?.kind !== 'unavailable') return;
+      await this.reopen(name, entry.service.image, entry.mode, entry.handoff);
+    });
+  }
+
+  /** As a daemon that starts does with what a killed one left. */
+  private async reopen(name: string, image: string, mode: OpenMode, handoff: Occurrence): Promise<void> {
+    const { stateDir, record, log } = this.options;
+    const came = record.volumes().some(([arrived]) => arrived === name);
+    try {
+      if (hasState(stateDir, name)) await this.openPatiently(name, image, { kind: 'resume' }, handoff);
+      else if (!came) await this.openPatiently(name, image, mode, handoff);
+      if (this.entries.get(name)?.kind === 'open') log.info({ volume: name }, 'the volume is open again');
+    } catch (error) {
+      log.error({ volume: name }, `volume not served: ${messageOf(error)}`);
+      this.markUnavailable(name, image, await retiredId(stateDir, name), messageOf(error));
+    }
+    if (!came || hasState(stateDir, name)) return;
+    this.entries.delete(name); // its cancelling was complete
+    await this.forgetArrival(name).catch((error: unknown) =>
+      log.error({ volume: name, err: error }, 'its cancelling is not noted'),
+    );
+  }
+
   private async unpublish(name: string, entry: OpenEntry): Promise<void> {
     this.options.link?.table.remove(name);
-    await entry.guest?.close();
-    entry.guest = null;
+    await entry.service.unpublish();
   }
 
   private async drop(name: string, entry: OpenEntry): Promise<void> {
@@ -330,30 +409,12 @@ export class Volumes {
   }
 }
 
-function guestUris(entry: OpenEntry): string[] {
-  return entry.guest?.addresses(entry.service.name) ?? [];
+function unavailable(name: string, image: string, retired: string | null, error: string): UnavailableVolume {
+  return { name, phase: 'unavailable', retiredId: retired, image, error };
 }
 
-/** What the image occupies; a block device occupies its size. */
-function allocatedBytes(service: VolumeService): number {
-  try {
-    const stat = statSync(service.image);
-    return stat.isFile() ? Math.min(stat.blocks * 512, service.size) : service.size;
-  } catch {
-    return 0;
-  }
-}
-
-/** An image left here by an earlier stay of the same volume is never written over. */
-function freeImagePath(images: string, name: string, generation: number): string {
-  const plain = join(images, `${name}.img`);
-  if (!existsSync(plain)) return plain;
-  for (let count = generation; count < generation + 1000; count += 1) {
-    const numbered = join(images, `${name}.g${count}.img`);
-    if (!existsSync(numbered)) return numbered;
-  }
-  throw new BlockferryError(
-    'exists',
-    `${plain} is there already: remove the images of earlier moves from ${images}`,
-  );
+/** Null for a thread that died. */
+function unlessLost(error: unknown): null {
+  if (error instanceof ThreadLostError) return null;
+  throw error;
 }

@@ -67,7 +67,7 @@ async function startHost(name: string, first: boolean): Promise<void> {
     vms: first ? [{ definition: DEFINITION, autostart: true }] : [],
     toleratesBadVolumes: false,
     parts: {
-      ...daemonParts(machinesDir),
+      ...daemonParts(machinesDir, 1),
       hypervisor: new QemuDriver({ runtimeDir: machinesDir, dieWithParent: true }),
     },
     log: silent,

@@ -17,6 +17,7 @@ import type { Direction } from '../../src/migration/steps.js';
 import { FakeNetwork, FakeParts, silent } from '../unit/host/fakes.js';
 
 export const SIZE = 1 << 20;
+const DATA_THREADS = 2;
 export const TIMING = { pollMs: 50, runningTimeoutMs: 1000, patienceMs: 1000, retryDelayMs: 5 };
 export const VM: MachineDefinition = {
   name: 'vm1',
@@ -81,7 +82,7 @@ export class RealHosts {
       volumes: [],
       vms: [],
       toleratesBadVolumes: true,
-      parts: { ...daemonParts(machinesDir), hypervisor: fake.hypervisor, ...parts },
+      parts: { ...daemonParts(machinesDir, DATA_THREADS), hypervisor: fake.hypervisor, ...parts },
       log: silent,
       ...change,
     };
@@ -103,11 +104,12 @@ export class RealHosts {
   }
 
   /** A host with the volume and the machine that runs on it. */
-  withMachine(name: string): Promise<RealHost> {
-    return this.start(name, {
+  withMachine(name: string, parts: Partial<DaemonParts> = {}): Promise<RealHost> {
+    const change: Partial<DaemonOptions> = {
       volumes: [{ name: 'disk', image: this.image, mode: { kind: 'serve', readOnly: false } }],
       vms: [{ definition: VM, autostart: true }],
-    });
+    };
+    return this.start(name, change, parts);
   }
 
   async plan(from: ControlClient, to: ControlClient): Promise<Journal> {

@@ -60,10 +60,7 @@ function volumeRoutes(volumes: Volumes): Route[] {
   const path = (verb: string): string => `/v1/volumes/:name/${verb}`;
   return [
     // A coordinator decides by this answer: what another one asked for before it was killed must have had its effect.
-    route('GET', '/v1/volumes/:name', nothing, async ({ params }) => {
-      await volumes.quiet(params.name);
-      return volumes.view(params.name);
-    }),
+    route('GET', '/v1/volumes/:name', nothing, ({ params }) => volumes.quietView(params.name)),
     route('POST', '/v1/volumes', createVolume, ({ body }) => volumes.arrive(body)),
     route('POST', path('takeover'), takeover, ({ params, body }) =>
       volumes.takeover(params.name, body.generation),
@@ -91,7 +88,7 @@ function volumeRoutes(volumes: Volumes): Route[] {
     ),
     route('POST', path('handoff-wait'), wait, async ({ params, body, signal }) => ({
       done: await volumes.waitHandoff(params.name, body.timeoutMs, signal),
-      volume: volumes.view(params.name),
+      volume: await volumes.view(params.name),
     })),
   ];
 }

@@ -10,7 +10,8 @@
 
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
-import { dup, peerGone } from '../../native/index.js';
+import { peerGone } from '../../native/index.js';
+import { descriptorOf, detach, isDetachable, whenSent } from './detach.js';
 
 /** Bytes one read can bring. */
 export const RECEIVE_BUFFER_BYTES = 256 << 10;
@@ -49,12 +50,10 @@ export class Reception {
     const socket = this.stream;
     socket.on('error', this.#onError);
     socket.on('close', this.#onClose);
-    const handle = handleOf(socket);
-    if (handle === null) this.#openPlain();
+    if (!isDetachable(socket)) this.#openPlain();
     else {
       socket.pause();
-      if (socket.writableLength === 0) this.#takeOver(socket as net.Socket, handle);
-      else socket.write('', () => this.#takeOver(socket as net.Socket, handle));
+      whenSent(socket, () => this.#takeOver(socket));
     }
   }
 
@@ -78,22 +77,18 @@ export class Reception {
     this.#begin(this.rest);
   }
 
-  #takeOver(socket: net.Socket, handle: Handle): void {
-    if (socket.destroyed || socket.writableEnded) return; // closed while we waited
-    let descriptor: number;
+  #takeOver(socket: net.Socket): void {
+    let taken: { fd: number; read: Buffer[] };
     try {
-      descriptor = dup(handle.fd);
+      taken = detach(socket);
     } catch {
       this.#openPlain(); // out of descriptors: slower, but served
       return;
     }
-    const chunks = [this.rest];
-    for (let chunk = readAll(socket); chunk !== null; chunk = readAll(socket)) chunks.push(chunk);
     socket.off('close', this.#onClose);
-    socket.destroy(); // closes the old descriptor only: the connection lives on in the new one
     const { sink } = this;
     const options: net.SocketConstructorOpts & net.ConnectOpts = {
-      fd: descriptor,
+      fd: taken.fd,
       readable: true,
       writable: true,
       allowHalfOpen: true,
@@ -106,7 +101,7 @@ export class Reception {
     this.stream.on('error', this.#onError);
     this.stream.on('close', this.#onClose);
     this.stream.on('end', this.#onEnd);
-    this.#begin(Buffer.concat(chunks));
+    this.#begin(Buffer.concat([this.rest, ...taken.read]));
   }
 
   #begin(first: Buffer): void {
@@ -122,25 +117,4 @@ export class Reception {
     this.stream.destroy(); // a TLS socket tells of a damaged record and leaves the rest to us
   };
   readonly #onClose = (): void => this.sink.onClose();
-}
-
-/** What the socket object has read and nobody has taken. */
-function readAll(socket: net.Socket): Buffer | null {
-  return socket.read();
-}
-
-interface Handle {
-  readonly fd: number;
-}
-
-/** The handle of a socket that can be taken over: of net.Socket itself, none of its descendants (TLS, terminals). */
-function handleOf(socket: net.Socket | Duplex): Handle | null {
-  if (Object.getPrototypeOf(socket) !== net.Socket.prototype) return null;
-  return descriptorOf(socket) === null ? null : (socket as unknown as { _handle: Handle })._handle;
-}
-
-/** The descriptor of the connection, also below TLS. A stream that is none has none. */
-function descriptorOf(socket: net.Socket | Duplex): number | null {
-  const handle = (socket as { _handle?: Partial<Handle> | null })._handle;
-  return handle && typeof handle.fd === 'number' && handle.fd >= 0 ? handle.fd : null;
 }

@@ -4,6 +4,7 @@ import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import pino from 'pino';
 import { BlockferryError } from '../../../src/errors.js';
+import { holdLocally, type OpenVolume } from '../../../src/host/held-volume.js';
 import type { DaemonParts, ExportListener } from '../../../src/host/parts.js';
 import type { Phase, RetreatProof, VolumeService, VolumeStatus } from '../../../src/host/service.js';
 import type {
@@ -275,7 +276,7 @@ export class FakeParts implements DaemonParts {
     };
   }
 
-  readonly openVolume: DaemonParts['openVolume'] = async ({ stateDir, name, image = '', mode }) => {
+  readonly openVolume: OpenVolume = async ({ stateDir, name, image = '', mode }) => {
     if (image.includes('missing')) throw new BlockferryError('image-missing', `${image} is not there`);
     if (image.includes('locked')) throw new BlockferryError('image-in-use', `${image} is in use`);
     const before = this.services.get(name);
@@ -309,4 +310,6 @@ export class FakeParts implements DaemonParts {
     };
     return listener;
   };
+
+  readonly hold = holdLocally(this.openVolume, this.listen);
 }

@@ -6,8 +6,12 @@ import { mkdirSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:net';
 import { join } from 'node:path';
 import { test } from 'node:test';
+import { holdLocally, type LocalVolume, type OpenVolume } from '../../../src/host/held-volume.js';
+import { listenWith } from '../../../src/host/listen.js';
 import { openVolumeService } from '../../../src/host/open.js';
+import type { DaemonParts } from '../../../src/host/parts.js';
 import { NbdClient } from '../../../src/nbd/client/client.js';
+import { startSession } from '../../../src/nbd/server/session.js';
 import type { Volume } from '../../../src/volume/volume.js';
 import { quiet, until } from '../../lab/ferry.js';
 import { type RealHost, RealHosts, SIZE, VM } from '../../support/real-hosts.js';
@@ -59,10 +63,10 @@ test('the proof of a cancelled volume does not count for the same volume that co
       })),
     },
     {
-      openVolume: async (options) => {
+      ...onThisThread(async (options) => {
         if (options.name !== 'disk') await hold;
         return openVolumeService(options);
-      },
+      }),
     },
   );
   await b.client.createVolume(request);
@@ -129,10 +133,10 @@ test('a volume whose cancelling was begun takes over no more, and is cancelled a
 
 test('while a seal is under way nobody is told that the volume is plain, and the guest is not let run on it', async (t) => {
   const hosts = new RealHosts(t);
-  const a = await hosts.withMachine('a');
+  const a = await hosts.withMachine('a', onThisThread(openVolumeService));
   await a.client.claim('vm1', 'move');
-  const service = a.daemon.volumes.service('disk') as unknown as { volume: Volume };
-  const { store } = service.volume;
+  const held = a.daemon.volumes.service('disk') as LocalVolume;
+  const { store } = (held.service as unknown as { volume: Volume }).volume;
   const { image } = store;
   let synced: () => void = () => undefined;
   const slow = new Promise<void>((resolve) => {
@@ -276,6 +280,12 @@ test('a source whose process ended by itself has still departed, so that the mac
   assert.equal((await a.client.machine('vm1')).state, 'departed');
   assert.equal((await hosts.move(b.client, a.client)).outcome, 'moved');
 });
+
+/** Volumes where the test can reach into them. */
+function onThisThread(openVolume: OpenVolume): Partial<DaemonParts> {
+  const listen = listenWith(startSession);
+  return { hold: holdLocally(openVolume, listen), listen };
+}
 
 /** A move up to the takeover, by a coordinator that was killed then. */
 async function switched(hosts: RealHosts, a: RealHost, b: RealHost) {
