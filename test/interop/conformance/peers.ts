@@ -172,7 +172,13 @@ export async function blockferry(folder: string): Promise<Peer> {
     daemons.push(daemon);
     return daemon.uris[0]!;
   };
-  const uris = { uri: await serve('disk'), readOnlyUri: await serve('still', '--read-only') };
+  const certificates = certificatesIn(folder);
+  const uris: TargetUris = {
+    uri: await serve('disk'),
+    readOnlyUri: await serve('still', '--read-only'),
+    tlsUri: await serve('safe', '--tls', 'required', '--tls-certificates', certificates),
+    tlsCertificates: certificates,
+  };
   return {
     name: 'blockferry',
     version: VERSION,
