@@ -1,0 +1,71 @@
+/**
+ * Clients that send anything, in front of our server on a device in memory: it never crashes or hangs, holds a bounded amount of memory,
+ * answers by the protocol's grammar, and does exactly what it says.
+ */
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import fc from 'fast-check';
+import { IN_FLIGHT_BYTES_MAX, PAYLOAD_BYTES_MAX } from '../../src/nbd/constants.js';
+import { OUTPUT_SLAB_BYTES } from '../../src/nbd/server/output.js';
+import { type Manner, MemoryDevice } from '../fakes/memory-device.js';
+import { type Attack, attack, carryOut, inTime } from './attack.js';
+import { campaign } from './campaign.js';
+import { checkDisk } from './disk-model.js';
+import { MemoryLine } from './line.js';
+import { DISK_BYTES, loadSeeds } from './seeds.js';
+import { Faults, serveStream } from './target.js';
+
+const seeds = loadSeeds('server');
+const before = Buffer.alloc(DISK_BYTES);
+for (let at = 0; at < DISK_BYTES; at++) before[at] = (at >> 9) & 0xff;
+
+const manners = fc.oneof(
+  fc.constant(['now' as const]),
+  fc.array(fc.constantFrom<Manner>('now', 'sync', 'turn'), { minLength: 1, maxLength: 5 }),
+);
+
+async function run(plan: Attack, delays: readonly Manner[], readOnly: boolean): Promise<void> {
+  const device = new MemoryDevice(DISK_BYTES, { readOnly });
+  before.copy(device.data);
+  let turn = 0;
+  device.manner = () => delays[turn++ % delays.length]!;
+  const faults = new Faults();
+  const line = new MemoryLine(plan.reader);
+  const connection = serveStream(line.stream, device, faults);
+  const conversation = await carryOut(plan, seeds, line);
+  line.abort();
+  await inTime('the session', connection.closed);
+  assert.deepEqual(faults.told, []);
+  assert.ok(device.released <= 1, 'released more than once');
+  assert.equal(device.released, conversation.transmission === null ? device.released : 1);
+  assert.ok(line.heldMax <= IN_FLIGHT_BYTES_MAX + PAYLOAD_BYTES_MAX + OUTPUT_SLAB_BYTES);
+  const { transmission, lost } = conversation;
+  // Who is gone before the answers come does not know how far the server got.
+  if (transmission === null) assert.ok(plan.ending === 'abort' || device.data.equals(before), 'written to');
+  else if (!lost) {
+    const immediate = !delays.includes('turn');
+    const exact = transmission.waiting === 0 && (immediate || !transmission.overlapping);
+    checkDisk(before, [transmission], device.data, exact);
+  }
+}
+
+campaign(
+  'clients that send anything',
+  { runs: 2500, share: 0.3 },
+  fc.tuple(
+    attack,
+    manners,
+    fc.nat(9).map((n) => n === 0),
+  ),
+  ([plan, delays, readOnly]) => run(plan, delays, readOnly),
+);
+
+test('the recordings as they are', async () => {
+  for (let seed = 0; seed < seeds.length; seed++)
+    for (const pieces of [[], [1], [Number.MAX_SAFE_INTEGER]])
+      await run(
+        { seed, mutations: [], pieces, ending: 'patient', cut: 1000, reader: 'eager' },
+        ['now'],
+        false,
+      );
+});
