@@ -11,6 +11,8 @@ const SECONDS = Number(process.env.BLOCKFERRY_FUZZ_SECONDS ?? 0);
 /** Runs of a short campaign, as a share: the sanitized one in bin/check makes fewer. */
 const SHARE = Number(process.env.BLOCKFERRY_FUZZ_SHARE ?? 1);
 const SEED = process.env.BLOCKFERRY_SEED;
+/** There is time for what takes seconds. */
+export const LONG = SECONDS > 0;
 const ROUND_RUNS = 500;
 /** What may be left over after a campaign: caches of ours and of Node's. */
 const LEFT_BYTES_MAX = 160 << 20;

@@ -128,10 +128,14 @@ export class ClientHandshake {
     return this.#state.step === 'done' ? this.#state.outcome : null;
   }
 
-  /** What to send before leaving early, so that the server need not guess; null where the protocol knows no such thing. */
+  /**
+   * What to send before leaving early, so that the server need not guess; null where the protocol knows no such thing. A server that
+   * is asked to GO may be in transmission already, where an option is garbage.
+   */
   get farewell(): Buffer | null {
     const { step } = this.#state;
-    const speaking = step !== 'export-name' && step !== 'start-tls';
+    const going = this.#state.step === 'option' && this.#state.option === Option.GO;
+    const speaking = step !== 'export-name' && step !== 'start-tls' && !going;
     return this.#fixedNewstyle && speaking ? encodeOption(Option.ABORT) : null;
   }
 
