@@ -17,8 +17,9 @@ import { checkInfo, checkScript, readAgain } from './client-model.js';
 import { type Harm, harm, harmful, playRecording, type Record } from './hostile.js';
 import { type Relay, startRelay } from './relay.js';
 import { type Done, runScript } from './script.js';
-import { DISK_BYTES, loadSeeds } from './seeds.js';
+import { loadSeeds } from './seeds.js';
 import { Faults, serveSocket } from './target.js';
+import { DISK_BYTES } from './wire.js';
 
 const seeds = loadSeeds('client');
 const foreign = seeds.flatMap(({ server }) => server);

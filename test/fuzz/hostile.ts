@@ -3,41 +3,67 @@ import type net from 'node:net';
 import fc from 'fast-check';
 import { Conversation } from './conversation.js';
 import { damaged, type Mutation, serverMutation } from './mutations.js';
+import { type Rearrangement, rearranged, rearrangement } from './pieces.js';
 import type { Passing } from './relay.js';
 import type { Piece } from './seeds.js';
 import type { Unit } from './wire.js';
 
-/** What happens to the unit with that number. */
-export type Harm =
-  | { unit: number; what: 'damage'; mutation: Mutation }
+/** What happens to the unit with that number, counted from the greeting or, `deep`, from the first reply to a request. */
+export type Harm = { unit: number; deep: boolean } & (
+  | { what: 'damage'; mutation: Mutation }
   /** It and what follows never come; the connection stays, or ends behind some bytes of it. */
-  | { unit: number; what: 'stall' }
-  | { unit: number; what: 'cut'; at: number }
-  | { unit: number; what: 'drop' | 'repeat' | 'late' }
+  | { what: 'stall' }
+  | { what: 'cut'; at: number }
+  | { what: 'drop' | 'repeat' | 'late' }
+  /** A READ's data comes in other pieces, or not all of it. */
+  | { what: 'rearrange'; plan: Rearrangement }
   /** A unit that somebody else's server sent once comes first. */
-  | { unit: number; what: 'foreign'; other: number };
+  | { what: 'foreign'; other: number }
+);
 
-const unit = fc.oneof(fc.nat(25), fc.nat(8));
+const place = { unit: fc.nat(9), deep: fc.integer({ min: 0, max: 3 }).map((n) => n > 0) };
 
 const mostHarms = fc.oneof(
   {
     weight: 8,
-    arbitrary: fc.record({ unit, what: fc.constant('damage' as const), mutation: serverMutation }),
+    arbitrary: fc.record({ ...place, what: fc.constant('damage' as const), mutation: serverMutation }),
   },
-  { weight: 2, arbitrary: fc.record({ unit, what: fc.constant('cut' as const), at: fc.nat(5000) }) },
-  { weight: 3, arbitrary: fc.record({ unit, what: fc.constantFrom('drop', 'repeat', 'late') }) },
-  { weight: 2, arbitrary: fc.record({ unit, what: fc.constant('foreign' as const), other: fc.nat(1000) }) },
+  {
+    weight: 6,
+    arbitrary: fc.record({ ...place, what: fc.constant('rearrange' as const), plan: rearrangement }),
+  },
+  { weight: 2, arbitrary: fc.record({ ...place, what: fc.constant('cut' as const), at: fc.nat(5000) }) },
+  { weight: 3, arbitrary: fc.record({ ...place, what: fc.constantFrom('drop', 'repeat', 'late') }) },
+  {
+    weight: 2,
+    arbitrary: fc.record({ ...place, what: fc.constant('foreign' as const), other: fc.nat(1000) }),
+  },
 ) as fc.Arbitrary<Harm>;
 
 /** Few stalls: each takes its time. */
 export const harm: fc.Arbitrary<Harm> = fc.oneof(
   { weight: 30, arbitrary: mostHarms },
-  { weight: 1, arbitrary: fc.record({ unit, what: fc.constant('stall' as const) }) },
+  { weight: 1, arbitrary: fc.record({ ...place, what: fc.constant('stall' as const) }) },
+);
+
+/** To answers, above all to the data of READs. */
+export const replyHarm: fc.Arbitrary<Harm> = fc.oneof(
+  {
+    weight: 3,
+    arbitrary: fc.record({
+      unit: fc.nat(7),
+      deep: fc.constant(true),
+      what: fc.constant('rearrange' as const),
+      plan: rearrangement,
+    }),
+  },
+  { weight: 2, arbitrary: harm },
 );
 
 /** Does harm to a stream of units. */
 class Harmer {
   #count = 0;
+  #replies = 0;
   #held: Buffer | null = null;
   #stalled = false;
   #cut = false;
@@ -55,8 +81,11 @@ class Harmer {
   /** What comes in place of `unit`. */
   pass(unit: Unit): Buffer[] {
     const number = this.#count++;
+    const isReply = unit.kind === 'reply' || unit.kind === 'chunk';
+    const deep = isReply ? this.#replies++ : -1;
     let pieces = [unit.bytes];
-    for (const harm of this.harms) if (harm.unit === number) pieces = this.#harm(harm, unit, pieces);
+    for (const harm of this.harms)
+      if (harm.unit === (harm.deep ? deep : number)) pieces = this.#harm(harm, unit, pieces);
     if (this.#stalled) return [];
     if (this.#held !== null && pieces.length > 0) {
       pieces.push(this.#held);
@@ -80,6 +109,8 @@ class Harmer {
       }
       case 'drop':
         return [];
+      case 'rearrange':
+        return pieces.map((piece) => rearranged(piece, harm.plan));
       case 'repeat':
         return [...pieces, ...pieces];
       case 'late':

@@ -3,7 +3,17 @@
  * is there, so that every choice is valid for every stream and shrinks well.
  */
 import fc from 'fast-check';
-import { CMD, encodeOption, encodeRequest, type Field, FLAG, OPT, type Unit, unitOf } from './wire.js';
+import {
+  CMD,
+  DISK_BYTES,
+  encodeOption,
+  encodeRequest,
+  type Field,
+  FLAG,
+  OPT,
+  type Unit,
+  unitOf,
+} from './wire.js';
 
 export type Mutation =
   /** A number in a unit becomes another one. */
@@ -28,6 +38,8 @@ interface AnyRequest {
   flags: number;
   offset: number;
   length: number;
+  /** The length is such that it ends so many bytes from the end of the disk. */
+  toEnd: number | null;
   payload: 'right' | 'none' | 'short' | 'long';
 }
 
@@ -95,6 +107,7 @@ const anyRequest: fc.Arbitrary<AnyRequest> = fc.record({
     fc.nat(5000),
     fc.constantFrom(0, 1, 512, 4096, 65_536, 0xffff_ffff, 2 ** 32, 2 ** 53),
   ),
+  toEnd: fc.option(fc.constantFrom(0, 1, -1, 512), { freq: 3 }),
   payload: fc.oneof(
     { weight: 9, arbitrary: fc.constant('right' as const) },
     { weight: 1, arbitrary: fc.constantFrom('none' as const, 'short' as const, 'long' as const) },
@@ -147,9 +160,16 @@ export function mutated(
   return result;
 }
 
+/** Three numbers of four are places behind the handshake, where there are any: most damage to a handshake ends the session. */
+function placeOf(units: readonly Unit[], number: number): number {
+  const first = units.findIndex(({ kind }) => kind === 'request' || kind === 'reply' || kind === 'chunk');
+  const from = number % 4 === 0 || first < 0 ? 0 : first;
+  return from + (Math.floor(number / 4) % (units.length - from));
+}
+
 function apply(units: Unit[], mutation: Mutation, others: readonly (readonly Unit[])[]): void {
   if (units.length === 0) return;
-  const at = mutation.unit % units.length;
+  const at = placeOf(units, mutation.unit);
   const unit = units[at]!;
   switch (mutation.kind) {
     case 'drop':
@@ -232,13 +252,12 @@ function withField(bytes: Buffer, [at, width]: Field, value: (old: bigint, width
 }
 
 function requestBytes(request: AnyRequest, cookie: bigint): Buffer {
-  const { extended, command, offset, payload } = request;
+  const { extended, command, offset, toEnd, payload } = request;
+  const length = toEnd === null ? request.length : Math.max(0, DISK_BYTES + toEnd - offset);
   const carries = command === CMD.WRITE;
   const flags = extended && carries ? request.flags | FLAG.PAYLOAD : request.flags;
   // No more data than a disk of 64 KiB can take, whatever the header says.
-  const bytes = { right: request.length, none: 0, short: request.length - 7, long: request.length + 7 }[
-    payload
-  ];
+  const bytes = { right: length, none: 0, short: length - 7, long: length + 7 }[payload];
   const sent = carries ? Math.max(0, Math.min(bytes, 100_000)) : 0;
   return encodeRequest({
     extended,
@@ -246,7 +265,7 @@ function requestBytes(request: AnyRequest, cookie: bigint): Buffer {
     flags,
     cookie,
     offset: BigInt(offset),
-    length: BigInt(request.length),
+    length: BigInt(length),
     payload: Buffer.alloc(sent, (offset % 255) + 1),
   });
 }

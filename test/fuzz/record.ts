@@ -14,9 +14,9 @@ import { attempt, PYTHON } from '../interop/tools.js';
 import { Conversation } from './conversation.js';
 import { startRelay } from './relay.js';
 import { runScript } from './script.js';
-import { DISK_BYTES, formatPieces, type Piece, SEEDS_DIR, seedOf } from './seeds.js';
+import { formatPieces, type Piece, SEEDS_DIR, seedOf } from './seeds.js';
 import { Faults, serveSocket } from './target.js';
-import { CMD, encodeOption, encodeRequest, FLAG, OPT, u16, u32 } from './wire.js';
+import { CMD, DISK_BYTES, encodeOption, encodeRequest, FLAG, OPT, u16, u32 } from './wire.js';
 
 const CONTEXTS = ['base:allocation'];
 const folder = mkdtempSync(join(tmpdir(), 'blockferry-record-'));

@@ -16,10 +16,11 @@ import { MemoryDevice } from '../fakes/memory-device.js';
 import { inTime } from './attack.js';
 import { campaign, LONG } from './campaign.js';
 import { readAgain } from './client-model.js';
-import { type Harm, harm, harmful, type Record } from './hostile.js';
+import { type Harm, harm, harmful, type Record, replyHarm } from './hostile.js';
 import { type Relay, startRelay } from './relay.js';
-import { DISK_BYTES, loadSeeds } from './seeds.js';
+import { loadSeeds } from './seeds.js';
 import { Faults, serveSocket } from './target.js';
+import { DISK_BYTES } from './wire.js';
 
 const BLOCK = 4096;
 const foreign = loadSeeds('client').flatMap(({ server }) => server);
@@ -50,7 +51,7 @@ const plan: fc.Arbitrary<Plan> = fc.record({
         { weight: 15, arbitrary: fc.constant<Harm[]>([]) },
         { weight: LONG ? 1 : 0, arbitrary: fc.array(harm, { maxLength: 2 }) },
       ),
-      fc.array(fc.array(harm, { maxLength: 3 }), { minLength: 1, maxLength: 4 }),
+      fc.array(fc.array(replyHarm, { maxLength: 4 }), { minLength: 1, maxLength: 4 }),
     )
     .map(([first, others]) => [first, ...others]),
   background: fc.boolean(),

@@ -11,9 +11,6 @@ import type { Unit } from './wire.js';
 
 export const SEEDS_DIR = resolve(fileURLToPath(import.meta.url), '../../../../test/fuzz/seeds');
 
-/** The disk of every recording, bytes. */
-export const DISK_BYTES = 64 << 10;
-
 export interface Piece {
   side: 'client' | 'server';
   bytes: Buffer;

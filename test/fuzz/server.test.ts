@@ -12,8 +12,9 @@ import { type Attack, attack, carryOut, inTime } from './attack.js';
 import { campaign } from './campaign.js';
 import { checkDisk } from './disk-model.js';
 import { MemoryLine } from './line.js';
-import { DISK_BYTES, loadSeeds } from './seeds.js';
+import { loadSeeds } from './seeds.js';
 import { Faults, serveStream } from './target.js';
+import { DISK_BYTES } from './wire.js';
 
 const seeds = loadSeeds('server');
 const before = Buffer.alloc(DISK_BYTES);
@@ -27,6 +28,7 @@ const manners = fc.oneof(
 async function run(plan: Attack, delays: readonly Manner[], readOnly: boolean): Promise<void> {
   const device = new MemoryDevice(DISK_BYTES, { readOnly });
   before.copy(device.data);
+  device.contexts = ['base:allocation', 'qemu:allocation-depth'];
   let turn = 0;
   device.manner = () => delays[turn++ % delays.length]!;
   const faults = new Faults();

@@ -18,8 +18,9 @@ import { campaign } from './campaign.js';
 import type { Conversation } from './conversation.js';
 import { checkDisk } from './disk-model.js';
 import { SocketLine } from './line.js';
-import { DISK_BYTES, loadSeeds } from './seeds.js';
+import { loadSeeds } from './seeds.js';
 import { Faults, serveSocket } from './target.js';
+import { DISK_BYTES } from './wire.js';
 
 const seeds = loadSeeds('server');
 const folder = mkdtempSync(join(tmpdir(), 'blockferry-fuzz-'));

@@ -3,6 +3,9 @@
  * seen; and the units a stream is made of, with the places of their fields, which is what mutations work on.
  */
 
+/** The disk of every recording, and of every target, bytes. */
+export const DISK_BYTES = 64 << 10;
+
 export const GREETING = 'NBDMAGICIHAVEOPT';
 export const OPTION_MAGIC = Buffer.from('IHAVEOPT');
 export const OPTION_REPLY_MAGIC = 0x0003e889045565a9n;

@@ -95,6 +95,8 @@ export class ClientHandshake {
   #noZeroes = false;
   #replyBytes = 0;
   #silent = false;
+  /** The client flags were given out to be sent. */
+  #spoke = false;
 
   // What the options brought.
   #structured = false;
@@ -130,13 +132,14 @@ export class ClientHandshake {
 
   /**
    * What to send before leaving early, so that the server need not guess; null where the protocol knows no such thing. A server that
-   * is asked to GO may be in transmission already, where an option is garbage.
+   * is asked to GO may be in transmission already, where an option is garbage, and one that was sent no client flags yet takes it for
+   * them.
    */
   get farewell(): Buffer | null {
     const { step } = this.#state;
     const going = this.#state.step === 'option' && this.#state.option === Option.GO;
     const speaking = step !== 'export-name' && step !== 'start-tls' && !going;
-    return this.#fixedNewstyle && speaking ? encodeOption(Option.ABORT) : null;
+    return this.#fixedNewstyle && this.#spoke && speaking ? encodeOption(Option.ABORT) : null;
   }
 
   /** The server has not said a word since TLS began. */
@@ -174,6 +177,7 @@ export class ClientHandshake {
       throw protocolError('it sent more than it was asked for');
     }
     this.#pending = Buffer.from(input.subarray(at));
+    if (reply !== null) this.#spoke = true;
     return reply;
   }
 
