@@ -96,7 +96,7 @@ async function live(plan: readonly Harm[], delays: readonly Manner[]): Promise<v
   assert.deepEqual(faults.told, []);
 }
 
-campaign('a real server, damaged', { runs: 500, share: 0.15 }, fc.tuple(harms, manners), ([plan, delays]) =>
+campaign('a real server, damaged', { runs: 250, share: 0.15 }, fc.tuple(harms, manners), ([plan, delays]) =>
   live(plan, delays),
 );
 

@@ -106,7 +106,7 @@ let proxies = 0;
 
 campaign(
   'a proxy',
-  { runs: 60, share: 0.15 },
+  { runs: 30, share: 0.15 },
   fc.tuple(attacks, fc.boolean()),
   async ([plans, background]) => {
     const name = `proxy${++proxies}`;
