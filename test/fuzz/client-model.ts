@@ -1,8 +1,7 @@
 /** What a client may make of what it was sent. */
 import assert from 'node:assert/strict';
 import { BlockferryError } from '../../src/errors.js';
-import type { ExportInfo } from '../../src/nbd/client/handshake.js';
-import type { Extent } from '../../src/nbd/client/requests.js';
+import type { ExportInfo, Extent } from '../../src/nbd/client/client.js';
 import { Conversation } from './conversation.js';
 import type { Record } from './hostile.js';
 import type { Done } from './script.js';

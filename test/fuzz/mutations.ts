@@ -12,6 +12,8 @@ import {
   FLAG,
   OPT,
   type Unit,
+  u32,
+  u64,
   unitOf,
 } from './wire.js';
 
@@ -252,20 +254,31 @@ function withField(bytes: Buffer, [at, width]: Field, value: (old: bigint, width
 }
 
 function requestBytes(request: AnyRequest, cookie: bigint): Buffer {
-  const { extended, command, offset, toEnd, payload } = request;
+  const { extended, command, offset, toEnd } = request;
   const length = toEnd === null ? request.length : Math.max(0, DISK_BYTES + toEnd - offset);
-  const carries = command === CMD.WRITE;
-  const flags = extended && carries ? request.flags | FLAG.PAYLOAD : request.flags;
+  const flags = extended && command === CMD.WRITE ? request.flags | FLAG.PAYLOAD : request.flags;
+  const payload = payloadOf(request, flags, length);
+  // The payload of a BLOCK_STATUS is its own: its length is in there.
+  const filters = extended && command === CMD.STATUS && payload.length > 0;
+  return encodeRequest({
+    ...{ extended, command, flags, cookie, payload },
+    offset: BigInt(offset),
+    length: BigInt(filters ? payload.length : length),
+  });
+}
+
+function payloadOf(
+  { extended, command, offset, payload }: AnyRequest,
+  flags: number,
+  length: number,
+): Buffer {
+  const flagged = extended && (flags & FLAG.PAYLOAD) !== 0;
+  if (command !== CMD.WRITE && !flagged) return Buffer.alloc(0);
+  if (flagged && command === CMD.STATUS) {
+    const ids = { right: [1 + (offset % 2)], none: [], short: [9], long: [1, 2] }[payload];
+    return Buffer.concat([u64(length), ...ids.map(u32)]);
+  }
   // No more data than a disk of 64 KiB can take, whatever the header says.
   const bytes = { right: length, none: 0, short: length - 7, long: length + 7 }[payload];
-  const sent = carries ? Math.max(0, Math.min(bytes, 100_000)) : 0;
-  return encodeRequest({
-    extended,
-    command,
-    flags,
-    cookie,
-    offset: BigInt(offset),
-    length: BigInt(length),
-    payload: Buffer.alloc(sent, (offset % 255) + 1),
-  });
+  return Buffer.alloc(Math.max(0, Math.min(bytes, 100_000)), (offset % 255) + 1);
 }

@@ -16,7 +16,7 @@ import { startRelay } from './relay.js';
 import { runScript } from './script.js';
 import { formatPieces, type Piece, SEEDS_DIR, seedOf } from './seeds.js';
 import { Faults, serveSocket } from './target.js';
-import { CMD, DISK_BYTES, encodeOption, encodeRequest, FLAG, OPT, u16, u32 } from './wire.js';
+import { CMD, DISK_BYTES, encodeOption, encodeRequest, FLAG, OPT, u16, u32, u64 } from './wire.js';
 
 const CONTEXTS = ['base:allocation'];
 const folder = mkdtempSync(join(tmpdir(), 'blockferry-record-'));
@@ -157,6 +157,11 @@ function* everything(asked: Conversation): Generator<Buffer> {
   yield request(CMD.CACHE, 0, 0, 65_536);
   yield request(CMD.STATUS, 0, 0, 65_536);
   yield request(CMD.STATUS, FLAG.REQ_ONE, 32_768, 16_384);
+  if (extended) {
+    const payload = Buffer.concat([u64(16_384), u32(1)]);
+    const common = { extended, flags: FLAG.PAYLOAD, cookie: cookie++, offset: 0n };
+    yield encodeRequest({ ...common, command: CMD.STATUS, length: BigInt(payload.length), payload });
+  }
   yield request(CMD.READ, 0, 65_000, 4096);
   yield request(CMD.WRITE, 0, 65_000, 4096);
   yield request(CMD.FLUSH, 0, 0, 0);

@@ -1,6 +1,5 @@
 /** What our client does in recordings, and in front of servers that misbehave: every command, some in flight together. */
-import type { NbdClient } from '../../src/nbd/client/client.js';
-import type { Extent } from '../../src/nbd/client/requests.js';
+import type { Extent, NbdClient } from '../../src/nbd/client/client.js';
 
 export interface Step {
   what: 'read' | 'write' | 'zero' | 'trim' | 'cache' | 'flush' | 'status';

@@ -42,8 +42,11 @@ export interface Request {
   command: number;
   cookie: bigint;
   offset: bigint;
+  /** What it is about; of a BLOCK_STATUS with a payload that is said there. */
   length: bigint;
   payload: Buffer | null;
+  /** BLOCK_STATUS with a payload: ids of the contexts it asks for. */
+  filter: number[] | null;
 }
 
 export interface Answer {
@@ -73,6 +76,8 @@ export class Breach extends Error {}
 /** More payload than that in one chunk or request is not looked at: the reader gives up. */
 const PAYLOAD_MAX = 128 << 20;
 const MESSAGE_MAX = 4096;
+/** A server may hang up on a payload that is longer than it allows. */
+const EXTENDED_PAYLOAD_MAX = 64 << 20;
 /** Error chunks longer than that are nonsense, though nothing forbids them. */
 const ERROR_CHUNK_MAX = MESSAGE_MAX + 1024;
 
@@ -118,18 +123,19 @@ export class Transmission {
     const flags = head.readUInt16BE(4);
     const command = head.readUInt16BE(6);
     const length = extended ? head.readBigUInt64BE(24) : BigInt(head.readUInt32BE(24));
-    const carries = extended ? (flags & FLAG.PAYLOAD) !== 0 : command === CMD.WRITE;
-    if (extended && command === CMD.WRITE && !carries) {
-      this.lost = 'an extended WRITE that does not say whether its payload follows';
-      return false;
-    }
+    // An extended WRITE must have the flag. Servers read its payload all the same, as QEMU does.
+    const carries = command === CMD.WRITE || (extended && (flags & FLAG.PAYLOAD) !== 0);
     const payloadBytes = carries ? length : 0n;
+    if (extended && payloadBytes > EXTENDED_PAYLOAD_MAX)
+      throw new Breach(`a payload of ${payloadBytes} bytes`);
     if (payloadBytes > PAYLOAD_MAX) {
       this.lost = `a payload of ${payloadBytes} bytes`;
       return false;
     }
     const whole = queue.peek(bytes + Number(payloadBytes));
     if (whole === null) return false;
+    const payload = carries ? Buffer.from(whole.subarray(bytes)) : null;
+    const filter = extended && command === CMD.STATUS && payload !== null ? filterOf(payload) : null;
     const request: Request = {
       index: this.requests.length,
       extended,
@@ -137,8 +143,9 @@ export class Transmission {
       command,
       cookie: head.readBigUInt64BE(8),
       offset: head.readBigUInt64BE(16),
-      length,
-      payload: carries ? Buffer.from(whole.subarray(bytes)) : null,
+      length: filter?.length ?? length,
+      payload,
+      filter: filter?.ids ?? null,
     };
     this.onUnit('client', unitOf('request', queue.take(whole.length)));
     if (command === CMD.DISC) this.disconnected = true;
@@ -304,6 +311,8 @@ export class Transmission {
   #extents(pending: Pending, type: number, payload: Buffer): void {
     const { request, status } = pending;
     const id = payload.readUInt32BE(0);
+    const { filter } = request;
+    if (filter !== null && !filter.includes(id)) throw new Breach(`status of the context ${id}, unasked`);
     if (!this.terms.contexts.has(id)) throw new Breach(`status of the context ${id}, which was not selected`);
     if (status.has(id)) throw new Breach(`the context ${id} answers twice`);
     const wide = type === CHUNK.STATUS_EXT;
@@ -354,8 +363,9 @@ export class Transmission {
       const bytes = covered.reduce((sum, [from, to]) => sum + to - from, 0);
       if (request.command === CMD.READ && BigInt(bytes) !== request.length)
         throw new Breach(`${bytes} bytes in a reply to a READ of ${request.length}`);
-      if (request.command === CMD.STATUS && status.size !== this.terms.contexts.size)
-        throw new Breach(`${status.size} of ${this.terms.contexts.size} contexts answer`);
+      const wanted = request.filter === null ? this.terms.contexts.size : new Set(request.filter).size;
+      if (request.command === CMD.STATUS && status.size !== wanted)
+        throw new Breach(`${status.size} of ${wanted} contexts answer`);
     }
     const same = this.#pending.get(request.cookie)!;
     if (same.length === 1) this.#pending.delete(request.cookie);
@@ -364,6 +374,14 @@ export class Transmission {
     const data = request.command === CMD.READ && errno === 0 ? (pending.data ?? Buffer.alloc(0)) : null;
     this.answers.push({ request, errno, data, status });
   }
+}
+
+/** The payload of a BLOCK_STATUS: a length, then ids. Null: it is malformed. */
+function filterOf(payload: Buffer): { length: bigint; ids: number[] } | null {
+  if (payload.length < 12 || payload.length % 4 !== 0) return null;
+  const ids: number[] = [];
+  for (let at = 8; at < payload.length; at += 4) ids.push(payload.readUInt32BE(at));
+  return { length: payload.readBigUInt64BE(0), ids };
 }
 
 export function checkText(bytes: Buffer): void {
@@ -387,7 +405,7 @@ export function judge(request: Request, terms: Terms): 'valid' | 'invalid' | 'fr
     [CMD.TRIM]: 0,
     [CMD.CACHE]: 0,
     [CMD.ZERO]: NO_HOLE | fast,
-    [CMD.STATUS]: REQ_ONE,
+    [CMD.STATUS]: terms.extended && terms.contexts.size > 0 ? REQ_ONE | PAYLOAD : REQ_ONE,
   };
   const allowed = own[command];
   if (allowed === undefined || (request.flags & ~(allowed | FUA)) !== 0) return 'invalid';
@@ -396,5 +414,11 @@ export function judge(request: Request, terms: Terms): 'valid' | 'invalid' | 'fr
   if (changes && (terms.flags & EXPORT.READ_ONLY) !== 0) return 'invalid';
   if (offset + length > terms.size) return 'invalid';
   if (command === CMD.STATUS && terms.contexts.size === 0) return 'invalid';
+  if (command === CMD.STATUS && request.payload !== null) {
+    const { filter } = request;
+    if (filter?.some((id) => !terms.contexts.has(id)) ?? true) return 'invalid';
+    if (new Set(filter).size < filter!.length) return 'free'; // an id twice
+  }
+  if (command === CMD.WRITE && terms.extended && (request.flags & PAYLOAD) === 0) return 'free';
   return length === 0n ? 'free' : 'valid';
 }
