@@ -17,7 +17,7 @@ import { checkInfo, checkScript, readAgain } from './client-model.js';
 import { type Harm, harm, harmful, playRecording, type Record } from './hostile.js';
 import { type Relay, startRelay } from './relay.js';
 import { type Done, runScript } from './script.js';
-import { loadSeeds } from './seeds.js';
+import { asksExtended, loadSeeds } from './seeds.js';
 import { Faults, serveSocket } from './target.js';
 import { DISK_BYTES } from './wire.js';
 
@@ -54,9 +54,14 @@ after(async () => {
 });
 
 /** What our client makes of the server at that socket; null: it did not connect. */
-async function converse(socket: string, record: Record, harmless: boolean): Promise<Done[] | null> {
+async function converse(
+  socket: string,
+  record: Record,
+  harmless: boolean,
+  extendedHeaders: boolean,
+): Promise<Done[] | null> {
   const uri = `nbd+unix:///disk?socket=${join(folder, socket)}`;
-  const options = { contexts: ['base:allocation'], ...(harmless ? {} : IMPATIENT) };
+  const options = { contexts: ['base:allocation'], extendedHeaders, ...(harmless ? {} : IMPATIENT) };
   let client: NbdClient;
   try {
     client = await inTime('connecting', NbdClient.connect(uri, options));
@@ -86,26 +91,30 @@ function assertAllWell(done: readonly Done[]): void {
 
 const manners = fc.constantFrom<Manner[]>(['now'], ['turn'], ['now', 'turn', 'sync']);
 
-async function live(plan: readonly Harm[], delays: readonly Manner[]): Promise<void> {
+async function live(plan: readonly Harm[], delays: readonly Manner[], extended: boolean): Promise<void> {
   const record: Record = { client: [], server: [] };
   let turn = 0;
   device.manner = () => delays[turn++ % delays.length]!;
   passing = () => harmful(plan, foreign, record);
-  const done = await converse('relay.sock', record, plan.length === 0);
+  const done = await converse('relay.sock', record, plan.length === 0, extended);
   if (plan.length === 0) assertAllWell(done!);
   assert.deepEqual(faults.told, []);
 }
 
-campaign('a real server, damaged', { runs: 250, share: 0.15 }, fc.tuple(harms, manners), ([plan, delays]) =>
-  live(plan, delays),
+campaign(
+  'a real server, damaged',
+  { runs: 250, share: 0.15 },
+  fc.tuple(harms, manners, fc.boolean()),
+  ([plan, delays, extended]) => live(plan, delays, extended),
 );
 
 async function recorded(seed: number, plan: readonly Harm[]): Promise<void> {
-  const { pieces, server } = seeds[seed % seeds.length]!;
+  const recording = seeds[seed % seeds.length]!;
+  const { pieces, server } = recording;
   const record: Record = { client: [], server: [] };
   const harmless = plan.length === 0;
   play = (socket) => playRecording(socket, pieces, server, plan, foreign, record);
-  const done = await converse('player.sock', record, harmless);
+  const done = await converse('player.sock', record, harmless, asksExtended(recording));
   if (harmless) assertAllWell(done!);
 }
 

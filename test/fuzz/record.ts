@@ -14,7 +14,7 @@ import { attempt, PYTHON } from '../interop/tools.js';
 import { Conversation } from './conversation.js';
 import { startRelay } from './relay.js';
 import { runScript } from './script.js';
-import { formatPieces, type Piece, SEEDS_DIR, seedOf } from './seeds.js';
+import { asksExtended, formatPieces, type Piece, SEEDS_DIR, seedOf } from './seeds.js';
 import { Faults, serveSocket } from './target.js';
 import { CMD, DISK_BYTES, encodeOption, encodeRequest, FLAG, OPT, u16, u32, u64 } from './wire.js';
 
@@ -261,6 +261,16 @@ async function recordClients(): Promise<void> {
 
 /** Records our client with somebody's server. */
 async function recordServer(name: string, about: string, start: () => Promise<PeerServer>): Promise<void> {
+  await recordOnce(name, about, start, false);
+  await recordOnce(`${name}-extended`, `${about}, asked for extended headers`, start, true);
+}
+
+async function recordOnce(
+  name: string,
+  about: string,
+  start: () => Promise<PeerServer>,
+  extendedHeaders: boolean,
+): Promise<void> {
   let peer: PeerServer;
   try {
     peer = await start();
@@ -272,9 +282,11 @@ async function recordServer(name: string, about: string, start: () => Promise<Pe
   const through = join(folder, 'relay.sock');
   const relay = await startRelay(through, join(peer.directory, 'nbd.sock'), tape.pass);
   try {
-    const client = await NbdClient.connect(`nbd+unix:///disk?socket=${through}`, { contexts: CONTEXTS });
+    const options = { contexts: CONTEXTS, extendedHeaders };
+    const client = await NbdClient.connect(`nbd+unix:///disk?socket=${through}`, options);
     await runScript(client);
     await client.close();
+    if (extendedHeaders && !asksExtended(seedOf(name, tape.sessions[0]!))) return; // it does not know how
     tape.save('client', name, about);
   } finally {
     await relay.stop();

@@ -7,7 +7,7 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Conversation } from './conversation.js';
-import type { Unit } from './wire.js';
+import { OPT, type Unit } from './wire.js';
 
 export const SEEDS_DIR = resolve(fileURLToPath(import.meta.url), '../../../../test/fuzz/seeds');
 
@@ -71,6 +71,11 @@ export function seedOf(name: string, pieces: Piece[]): Seed {
   const breach = conversation.clientBreach ?? conversation.serverBreach ?? conversation.transmission?.lost;
   if (breach != null) throw new Error(`the recording ${name} cannot be read: ${breach}`);
   return seed;
+}
+
+/** Whether its client asks for extended headers. */
+export function asksExtended({ client }: Seed): boolean {
+  return client.some(({ kind, bytes }) => kind === 'option' && bytes.readUInt32BE(8) === OPT.EXTENDED);
 }
 
 /** All of `kind`: 'server' recordings are of our server and real clients, 'client' ones of our client and real servers. */

@@ -19,7 +19,9 @@ export class Faults {
 
 export function exportOf(device: BlockDevice): ExportEntry {
   const { size, readOnly, contexts, multiConn, preferredBlock } = device;
+  const { fastZero } = device as { fastZero?: boolean };
   return {
+    ...(fastZero === undefined ? {} : { fastZero }),
     name: 'disk',
     description: 'a disk',
     size,
