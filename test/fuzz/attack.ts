@@ -77,7 +77,8 @@ export async function carryOut(plan: Attack, seeds: readonly Seed[], line: Line)
     );
     hungUpEarly = line.ended && !conversation.mayHangUp;
   }
-  if (plan.ending === 'abort') line.abort();
+  // In the middle of TLS the server does not look for a client's end: it has until the handshake's time is up.
+  if (plan.ending === 'abort' || conversation.opaque) line.abort();
   else line.end();
   await inTime(
     'the end',

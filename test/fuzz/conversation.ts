@@ -21,8 +21,10 @@ type Phase =
   | { at: 'answer'; option: number }
   | { at: 'export-name' }
   | { at: 'transmission'; transmission: Transmission }
-  /** Nothing that we could read follows: ABORT, TLS. */
-  | { at: 'over' };
+  /** The client has taken its leave. */
+  | { at: 'over' }
+  /** We cannot read what follows. */
+  | { at: 'tls' };
 
 export interface ConversationOptions {
   /** Units as they are complete. */
@@ -77,9 +79,14 @@ export class Conversation {
     return this.transmission?.lost != null;
   }
 
-  /** The client said goodbye: DISC or ABORT. */
+  /** TLS has begun. */
+  get opaque(): boolean {
+    return this.#phase.at === 'tls';
+  }
+
+  /** The client said goodbye: DISC or ABORT; or what it says is between it and the server. */
   get farewell(): boolean {
-    return this.#phase.at === 'over' || this.transmission?.disconnected === true;
+    return this.#phase.at === 'over' || this.opaque || this.transmission?.disconnected === true;
   }
 
   /** The server need not wait for anything: it may hang up. */
@@ -140,6 +147,7 @@ export class Conversation {
       case 'transmission':
         return this.#phase.transmission.readRequest(this.#client);
       case 'over':
+      case 'tls':
         this.#client.clear();
         return false;
       default:
@@ -188,6 +196,9 @@ export class Conversation {
         return this.#exportName();
       case 'transmission':
         return this.#phase.transmission.readReply(this.#server);
+      case 'tls':
+        this.#server.clear();
+        return false;
       default:
         // Read again later it is an early answer.
         if (this.#server.length > 0 && this.settings.lenient !== true)
@@ -270,7 +281,8 @@ export class Conversation {
   #acknowledged(option: number, payload: Buffer): void {
     if (payload.length > 0) throw new Breach('an ACK with data');
     this.#phase = { at: 'option' };
-    if (option === OPT.ABORT || option === OPT.STARTTLS) this.#phase = { at: 'over' };
+    if (option === OPT.ABORT) this.#phase = { at: 'over' };
+    else if (option === OPT.STARTTLS) this.#phase = { at: 'tls' };
     else if (option === OPT.STRUCTURED) this.#structured = true;
     else if (option === OPT.EXTENDED) this.#extended = this.#structured = true;
     else if (option === OPT.SET_META) {

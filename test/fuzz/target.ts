@@ -2,11 +2,13 @@
 import { join } from 'node:path';
 import type { Duplex } from 'node:stream';
 import pino from 'pino';
+import { HANDSHAKE_TIMEOUT_MS } from '../../src/nbd/constants.js';
 import type { BlockDevice } from '../../src/nbd/device.js';
 import { Connection } from '../../src/nbd/server/connection.js';
 import { defaultOrNamed, type ExportDirectory, type ExportEntry } from '../../src/nbd/server/exports.js';
 import { Listener } from '../../src/nbd/server/listener.js';
 import { startSession } from '../../src/nbd/server/session.js';
+import type { TlsAcceptor } from '../../src/nbd/server/tls-acceptor.js';
 
 /** Faults of ours that the server caught and logged: there must be none. */
 export class Faults {
@@ -38,14 +40,19 @@ function directoryOf(device: BlockDevice): ExportDirectory {
   return { list: () => entries, find: (name) => defaultOrNamed(entries, name), shuttingDown: false };
 }
 
-/** Serves one stream. */
-export function serveStream(stream: Duplex, device: BlockDevice, faults: Faults): Connection {
+/** Serves one stream; `tls`: null for none. */
+export function serveStream(
+  stream: Duplex,
+  device: BlockDevice,
+  faults: Faults,
+  tls: TlsAcceptor | null = null,
+): Connection {
   return new Connection(stream, {
     exports: directoryOf(device),
     startSession,
     log: faults.log,
-    handshakeTimeoutMs: 10_000,
-    tls: null,
+    handshakeTimeoutMs: HANDSHAKE_TIMEOUT_MS,
+    tls,
     complain: () => {},
   });
 }
