@@ -92,6 +92,8 @@ export class Conversation {
   /** The server need not wait for anything: it may hang up. */
   get mayHangUp(): boolean {
     if (this.clientBreach !== null || this.farewell || this.lost) return true;
+    // Who goes on without waiting for the answer to STARTTLS is cut off, perhaps before that answer has left.
+    if (this.#phase.at === 'answer' && this.#phase.option === OPT.STARTTLS) return true;
     if (this.#phase.at === 'export-name' || this.#announced === OPT.EXPORT_NAME) return true;
     return this.options >= PATIENCE;
   }

@@ -63,15 +63,17 @@ export class MemoryLine extends Line {
       },
       write: (bytes: Buffer, _encoding, done) => {
         const take = () => {
+          this.#held = null;
           this.received(bytes);
           done();
           this.tell();
         };
         this.heldMax = Math.max(this.heldMax, this.stream.writableLength);
         // Until `done` the memory must stay as it is.
-        if (!this.#taking) this.#held = take;
-        else if (reader === 'eager') take();
-        else setImmediate(take);
+        this.#held = take;
+        if (!this.#taking) return;
+        if (reader === 'eager') take();
+        else setImmediate(() => this.#held === take && take());
       },
       final: (done) => {
         this.ended = true;
@@ -80,6 +82,7 @@ export class MemoryLine extends Line {
       },
     });
     this.stream.once('close', () => {
+      this.#held?.(); // what was sent before it hung up still arrives
       this.ended = true;
       this.closed = true;
       this.tell();
@@ -105,8 +108,7 @@ export class MemoryLine extends Line {
   read(): void {
     this.#taking = true;
     const held = this.#held;
-    this.#held = null;
-    if (held !== null) setImmediate(held);
+    if (held !== null) setImmediate(() => this.#held === held && held());
   }
 }
 

@@ -124,7 +124,9 @@ export class Transmission {
     const command = head.readUInt16BE(6);
     const length = extended ? head.readBigUInt64BE(24) : BigInt(head.readUInt32BE(24));
     // An extended WRITE must have the flag. Servers read its payload all the same, as QEMU does.
-    const carries = command === CMD.WRITE || (extended && (flags & FLAG.PAYLOAD) !== 0);
+    // Behind a DISC nothing counts.
+    const flagged = extended && (flags & FLAG.PAYLOAD) !== 0 && command !== CMD.DISC;
+    const carries = command === CMD.WRITE || flagged;
     const payloadBytes = carries ? length : 0n;
     if (extended && payloadBytes > EXTENDED_PAYLOAD_MAX)
       throw new Breach(`a payload of ${payloadBytes} bytes`);
