@@ -40,6 +40,7 @@ const { status } = spawnSync(
     '--test-reporter=spec',
     ...files.map((file) => relative(root, file)),
   ],
-  { cwd: root, stdio: 'inherit' },
+  // nbd-client and mount live where only root's PATH leads.
+  { cwd: root, stdio: 'inherit', env: { ...process.env, PATH: `${process.env.PATH}:/usr/sbin:/sbin` } },
 );
 process.exit(status ?? 1);

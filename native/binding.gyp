@@ -19,6 +19,31 @@
           },
         ],
       ],
-    }
+    },
+    {
+      # The load generator of `blockferry bench`: a program of its own, so that it shares no thread with what it measures.
+      "target_name": "blockferry-load",
+      "type": "executable",
+      "sources": [
+        "load/connection.cc",
+        "load/handshake.cc",
+        "load/load.cc",
+        "load/main.cc",
+        "load/options.cc",
+        "load/verifier.cc",
+      ],
+      "cflags_cc": ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
+      "cflags_cc!": ["-std=gnu++17", "-std=gnu++20"],
+      "defines": ["_FILE_OFFSET_BITS=64"],
+      "conditions": [
+        [
+          "sanitize==1",
+          {
+            "cflags_cc": ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+            "ldflags": ["-fsanitize=address,undefined"],
+          },
+        ],
+      ],
+    },
   ]
 }

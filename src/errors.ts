@@ -10,6 +10,7 @@ export type ErrorCode =
   | 'image-missing'
   | 'image-in-use'
   | 'image-io' // the image failed us
+  | 'transaction-log' // it cannot be opened or written
   | 'no-space'
   | 'state-damaged' // map files or identity cannot be trusted
   | 'state-mismatch' // state exists and belongs to something else
@@ -28,8 +29,10 @@ export type ErrorCode =
   | 'control' // the control API refused or could not be reached
   | 'hypervisor' // QEMU failed or said no
   | 'migration'
+  | 'bench' // a server under load failed, or cannot be measured
   | 'timeout';
 
+/** What everything of blockferry throws and rejects with. `message` is one line; `cause` is the error below it, if there is one. */
 export class BlockferryError extends Error {
   override readonly name = 'BlockferryError';
   constructor(

@@ -211,7 +211,7 @@ setup_build() {
     rm -rf dist
     setup_step 'npm ci' npm ci --include=dev --no-audit --no-fund
   fi
-  if ! setup_up_to_date "$addon" native/src native/binding.gyp; then
+  if ! setup_up_to_date "$addon" native/src native/load native/binding.gyp; then
     setup_step 'building the native addon' npm run install
     touch "$addon"
   fi

@@ -130,7 +130,7 @@ napi_value Unmap(napi_env env, napi_callback_info info) {
 
 // ---- What takes its time: on libuv's pool, answered by a promise
 
-enum class Task { kRead, kWrite, kPunchHole, kZeroRange, kAllocate, kSyncData };
+enum class Task { kRead, kWrite, kPunchHole, kZeroRange, kZeroFast, kAllocate, kSyncData };
 
 struct Job {
   Task task;
@@ -151,6 +151,7 @@ int64_t run(const Job& job) {
     case Task::kWrite: return writeAll(job.fd, job.data, job.length, job.offset);
     case Task::kPunchHole: return punchHole(job.fd, job.offset, job.length);
     case Task::kZeroRange: return zeroRange(job.fd, job.offset, job.length, job.keepHole);
+    case Task::kZeroFast: return zeroFast(job.fd, job.offset, job.length, job.keepHole);
     case Task::kAllocate: return allocate(job.fd, job.offset, job.length);
     case Task::kSyncData: return syncData(job.fd);
   }
@@ -212,7 +213,7 @@ napi_value overRange(napi_env env, napi_callback_info info, Task task) {
   Job job = {.task = task, .fd = args.fd(0)};
   job.offset = args.whole(1, "offset");
   job.length = args.whole(2, "length");
-  if (task == Task::kZeroRange) job.keepHole = args.flag(3, "keepHole");
+  if (task == Task::kZeroRange || task == Task::kZeroFast) job.keepHole = args.flag(3, "keepHole");
   return args.ok ? start(env, job) : nullptr;
 }
 
@@ -220,6 +221,7 @@ napi_value ReadAsync(napi_env env, napi_callback_info info) { return transfer(en
 napi_value WriteAsync(napi_env env, napi_callback_info info) { return transfer(env, info, Task::kWrite); }
 napi_value PunchHole(napi_env env, napi_callback_info info) { return overRange(env, info, Task::kPunchHole); }
 napi_value ZeroRange(napi_env env, napi_callback_info info) { return overRange(env, info, Task::kZeroRange); }
+napi_value ZeroFast(napi_env env, napi_callback_info info) { return overRange(env, info, Task::kZeroFast); }
 napi_value Allocate(napi_env env, napi_callback_info info) { return overRange(env, info, Task::kAllocate); }
 
 napi_value SyncData(napi_env env, napi_callback_info info) {
@@ -288,6 +290,7 @@ constexpr napi_property_descriptor kMethods[] = {
     method("writeAsync", WriteAsync),
     method("punchHole", PunchHole),
     method("zeroRange", ZeroRange),
+    method("zeroFast", ZeroFast),
     method("allocate", Allocate),
     method("fdatasync", SyncData),
     method("seekData", Seek<seekData>),

@@ -74,6 +74,15 @@ int64_t punch(int fd, uint64_t offset, uint64_t length) {
   return fallocateZeros(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
 }
 
+// Linux drops a device's cached pages, dirty ones too, before it learns that the device cannot punch or zero
+// (blkdev_fallocate): what was written and not yet synced would be lost although nothing was done.
+int64_t writeOut(int fd, uint64_t offset, uint64_t length) {
+  if (!isBlockDevice(fd)) return 0;
+  constexpr unsigned kWriteOut = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+  return retried(
+      [=] { return ::sync_file_range(fd, static_cast<off_t>(offset), static_cast<off_t>(length), kWriteOut); });
+}
+
 // The kernel could not do it this way, which says nothing about other ways. EBUSY: a block device's cached
 // pages were in use.
 bool otherWayMayWork(int64_t result) {
@@ -125,15 +134,8 @@ int64_t writeAll(int fd, const uint8_t* data, size_t length, uint64_t offset) {
 
 int64_t punchHole(int fd, uint64_t offset, uint64_t length) {
   if (length == 0) return 0;
-  // Linux drops a device's cached pages, dirty ones too, before it learns that the device cannot do it
-  // (blkdev_fallocate): what was written and not yet synced would be lost although nothing was punched.
-  if (isBlockDevice(fd)) {
-    constexpr unsigned kWriteOut = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
-    const int64_t synced = retried(
-        [=] { return ::sync_file_range(fd, static_cast<off_t>(offset), static_cast<off_t>(length), kWriteOut); });
-    if (synced < 0) return synced;
-  }
-  return punch(fd, offset, length);
+  const int64_t kept = writeOut(fd, offset, length);
+  return kept < 0 ? kept : punch(fd, offset, length);
 }
 
 int64_t zeroRange(int fd, uint64_t offset, uint64_t length, bool keepHole) {
@@ -146,6 +148,16 @@ int64_t zeroRange(int fd, uint64_t offset, uint64_t length, bool keepHole) {
   const int64_t result = fallocateZeros(fd, FALLOC_FL_ZERO_RANGE, offset, length);
   if (result >= 0 || !otherWayMayWork(result)) return result;
   return writeZeros(fd, offset, length);
+}
+
+int64_t zeroFast(int fd, uint64_t offset, uint64_t length, bool keepHole) {
+  if (length == 0) return 0;
+  if (const int64_t kept = writeOut(fd, offset, length); kept < 0) return kept;
+  int64_t result = keepHole ? punch(fd, offset, length) : -EOPNOTSUPP;
+  if (result < 0 && (otherWayMayWork(result) || result == -ENOSPC)) {
+    result = fallocateZeros(fd, FALLOC_FL_ZERO_RANGE, offset, length);
+  }
+  return result < 0 && otherWayMayWork(result) ? -EOPNOTSUPP : result;
 }
 
 int64_t allocate(int fd, uint64_t offset, uint64_t length) {

@@ -18,6 +18,7 @@ int64_t writeAll(int fd, const uint8_t* data, size_t length, uint64_t offset);
 
 int64_t punchHole(int fd, uint64_t offset, uint64_t length);
 int64_t zeroRange(int fd, uint64_t offset, uint64_t length, bool keepHole);
+int64_t zeroFast(int fd, uint64_t offset, uint64_t length, bool keepHole);
 int64_t allocate(int fd, uint64_t offset, uint64_t length);
 int64_t syncData(int fd);
 

@@ -47,6 +47,17 @@ export function logLevelOption(): Option {
     .default('info');
 }
 
+/** Options of the transaction log, for a daemon of one volume. */
+export function transactionLogOptions(): [Option, Option] {
+  return [
+    new Option('--transaction-log <file>', 'record the requests of clients, for nbd-trdump; appends'),
+    new Option(
+      '--transaction-log-data',
+      'record what is written as well, for nbd-trplay; the log grows by all of it',
+    ).default(false),
+  ];
+}
+
 /** A command that talks to running daemons. */
 export function controlCommand(name: string, description: string): Command {
   return new Command(name)

@@ -9,16 +9,19 @@ import { daemonLog, runDaemon } from '../host/run.js';
 import { controlSocketPath, defaultStateDir } from '../host/state-dir.js';
 import { activatedAddresses, formatListenAddress } from '../nbd/address.js';
 import { defaultName } from '../volume/open.js';
+import { type ClientOptions, guestClients } from './clients.js';
 import { daemonParts } from './parts.js';
 import { guestTls, sourceTls, type TlsOptions } from './tls.js';
 
 const DEFAULT_LISTEN = '127.0.0.1:10809';
 
-export interface OneVolumeOptions extends TlsOptions {
+export interface OneVolumeOptions extends TlsOptions, ClientOptions {
   name?: string;
   listen?: string[];
   stateDir?: string;
   control?: string;
+  transactionLog?: string;
+  transactionLogData: boolean;
   logLevel: string;
 }
 
@@ -32,18 +35,22 @@ export async function runOneVolume(
   if (!checked.success)
     throw new BlockferryError('usage', `--name: expected ${checked.error.issues[0].message}`);
   const name = checked.data;
+  if (options.transactionLogData && options.transactionLog === undefined)
+    throw new BlockferryError('usage', '--transaction-log-data: give the file with --transaction-log FILE');
   const stateDir = resolve(options.stateDir ?? defaultStateDir());
   const activated = activatedAddresses(process.env, process.pid).map(formatListenAddress);
   const listen = [options.listen ?? [], activated, [DEFAULT_LISTEN]].find((words) => words.length > 0) ?? [];
   const log = daemonLog('blockferry', options.logLevel);
   const machinesDir = resolve(stateDir, 'run');
+  const tls = guestTls(kind, options);
   const daemon: DaemonOptions = {
     kind,
     name,
     stateDir,
     control: resolve(options.control ?? controlSocketPath(stateDir, name)),
     link: null,
-    ...guestTls(kind, options),
+    ...tls,
+    ...guestClients(options, tls.guestTls),
     ...sourceTls(options),
     images: null,
     folders: [],
@@ -54,6 +61,13 @@ export async function runOneVolume(
     stopTimeoutMs: 0,
     volumes: [{ name, image: resolve(disk), mode }],
     vms: [],
+    ...(options.transactionLog === undefined
+      ? {}
+      : {
+          transactionLogs: new Map([
+            [name, { path: resolve(options.transactionLog), data: options.transactionLogData }],
+          ]),
+        }),
     toleratesBadVolumes: false,
     parts: daemonParts(machinesDir),
     log,

@@ -1,6 +1,6 @@
 import { join } from 'node:path';
 import { Command } from 'commander';
-import { readConfig } from '../host/config.js';
+import { guestPolicyOf, linkPolicyOf, readConfig } from '../host/config.js';
 import { daemonLog, runDaemon } from '../host/run.js';
 import { logLevelOption } from './common.js';
 import { announce } from './daemon.js';
@@ -16,7 +16,7 @@ export function hostCommand(): Command {
       const diskSocket = (volume: string): string => join(config.run, 'nbd', `${volume}.sock`);
       const machinesDir = join(config.run, 'vms');
       const { name, stateDir, control, link, images, migrationAddress, stopTimeoutMs, vms } = config;
-      const { linkTls, sourceTls, tlsOnly } = config;
+      const { linkTls, sourceTls, limits } = config;
       await runDaemon(
         {
           kind: 'host',
@@ -26,7 +26,10 @@ export function hostCommand(): Command {
           link,
           ...(linkTls === null ? {} : { linkTls }),
           ...(sourceTls === null ? {} : { sourceTls }),
-          tlsOnly,
+          guestPolicy: (volume) => guestPolicyOf(config, volume),
+          linkPolicy: (volume) => linkPolicyOf(config, volume),
+          linkListsExports: config.listExports,
+          limits,
           images,
           folders: [join(config.run, 'nbd'), machinesDir],
           machinesDir,
@@ -34,7 +37,16 @@ export function hostCommand(): Command {
           diskSocket,
           migrationAddress,
           stopTimeoutMs,
-          volumes: config.volumes.map((volume) => ({ ...volume, mode: { kind: 'serve', readOnly: false } })),
+          volumes: config.volumes.map(({ name, image }) => ({
+            name,
+            image,
+            mode: { kind: 'serve', readOnly: false },
+          })),
+          transactionLogs: new Map(
+            config.volumes.flatMap((volume) =>
+              volume.transactionLog === undefined ? [] : [[volume.name, volume.transactionLog] as const],
+            ),
+          ),
           vms,
           toleratesBadVolumes: true,
           parts: daemonParts(machinesDir),

@@ -3,6 +3,7 @@
 import { Command, CommanderError, Help, type Option } from 'commander';
 import { BlockferryError, messageOf } from '../errors.js';
 import { VERSION } from '../version.js';
+import { benchCommand } from './bench.js';
 import { hostCommand } from './host.js';
 import { startCommand, stopCommand } from './machine.js';
 import { migrateCommand } from './migrate.js';
@@ -39,6 +40,7 @@ function program(): Command {
     resumeCommand(),
     rateCommand(),
     verifyCommand(),
+    benchCommand(),
   ];
   for (const command of commands) root.addCommand(command);
   for (const command of [root, ...commands])

@@ -10,13 +10,14 @@ import { startSession } from '../nbd/server/session.js';
 export function daemonParts(machinesDir: string): DaemonParts {
   return {
     openVolume: openVolumeService,
-    listen: (addresses, exports, log, tls) =>
+    listen: (addresses, exports, log, { limits, ...settings } = {}) =>
       Listener.open({
         addresses: addresses.map(parseListenAddress),
         exports,
         startSession,
         log,
-        ...(tls === undefined ? {} : { tls }),
+        ...settings,
+        ...limits,
       }),
     hypervisor: new QemuDriver({ runtimeDir: machinesDir }),
   };

@@ -1,6 +1,7 @@
 import { Command, Option } from 'commander';
 import { parseNbdUri } from '../nbd/uri.js';
-import { argument, logLevelOption, stateDirOption } from './common.js';
+import { clientOptions } from './clients.js';
+import { argument, logLevelOption, stateDirOption, transactionLogOptions } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
 import { listenOption } from './serve.js';
 import {
@@ -25,7 +26,8 @@ function checkedUri(text: string): string {
 }
 
 export function proxyCommand(): Command {
-  return new Command('proxy')
+  const [transactionLog, transactionLogData] = transactionLogOptions();
+  const command = new Command('proxy')
     .description('serve DISK at once while its blocks still come from an NBD source')
     .argument('<source-uri>', 'NBD URI of the source', argument(checkedUri))
     .argument('<disk>', 'image file, created sparse with the size of the source if it is not there')
@@ -48,6 +50,8 @@ export function proxyCommand(): Command {
     .addOption(tlsVerifyPeerOption())
     .addOption(tlsUsernameOption())
     .addOption(stateDirOption())
+    .addOption(transactionLog)
+    .addOption(transactionLogData)
     .option('--control <path>', 'path of the control socket (default: STATE/control/NAME.sock)')
     .addOption(logLevelOption())
     .action(async (sourceUri: string, disk: string, options: ProxyOptions) => {
@@ -60,4 +64,6 @@ export function proxyCommand(): Command {
         sourceTimeoutMs: options.sourceTimeout ?? null,
       });
     });
+  for (const option of clientOptions()) command.addOption(option);
+  return command;
 }

@@ -1,6 +1,7 @@
 import { Command, Option } from 'commander';
 import { parseListenAddress } from '../nbd/address.js';
-import { argument, logLevelOption, stateDirOption } from './common.js';
+import { clientOptions } from './clients.js';
+import { argument, logLevelOption, stateDirOption, transactionLogOptions } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
 import { tlsCertificatesOption, tlsModeOption, tlsPskOption, tlsVerifyPeerOption } from './tls.js';
 
@@ -17,7 +18,8 @@ export function listenOption(): Option {
 }
 
 export function serveCommand(): Command {
-  return new Command('serve')
+  const [transactionLog, transactionLogData] = transactionLogOptions();
+  const command = new Command('serve')
     .description('serve a raw image file or block device over NBD')
     .argument('<disk>', 'image file or block device; it must exist')
     .option('--name <name>', 'name of the volume and its export (default: from the file name)')
@@ -28,9 +30,13 @@ export function serveCommand(): Command {
     .addOption(tlsPskOption())
     .addOption(tlsVerifyPeerOption())
     .addOption(stateDirOption())
+    .addOption(transactionLog)
+    .addOption(transactionLogData)
     .option('--control <path>', 'path of the control socket (default: STATE/control/NAME.sock)')
     .addOption(logLevelOption())
     .action(async (disk: string, options: OneVolumeOptions & { readOnly: boolean }) => {
       await runOneVolume('serve', disk, options, { kind: 'serve', readOnly: options.readOnly });
     });
+  for (const option of clientOptions()) command.addOption(option);
+  return command;
 }

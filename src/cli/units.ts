@@ -2,6 +2,7 @@
 
 import { BlockferryError } from '../errors.js';
 
+const COUNT_MAX = 65_536;
 const FACTOR: Record<string, number> = { '': 1, K: 2 ** 10, M: 2 ** 20, G: 2 ** 30, T: 2 ** 40 };
 const SIZE = /^(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$/i;
 
@@ -40,6 +41,14 @@ export function parseRange(text: string, size: number): { offset: number; length
   return { offset, length };
 }
 
+/** A whole number from 1 to 65536. */
+export function parseCount(text: string): number {
+  const count = Number(text);
+  if (!/^\d+$/.test(text) || count < 1 || count > COUNT_MAX)
+    throw new BlockferryError('usage', `"${text}" is no number from 1 to ${COUNT_MAX}`);
+  return count;
+}
+
 /** Seconds, a decimal number > 0, as milliseconds. */
 export function parseSeconds(text: string): number {
   const seconds = Number(text);
@@ -47,6 +56,16 @@ export function parseSeconds(text: string): number {
     throw new BlockferryError('usage', `"${text}" is no time: write seconds, more than 0 and at most 86400`);
   }
   return Math.round(seconds * 1000);
+}
+
+/** A parser of whole numbers in `min..max`. It fails with 'usage'. */
+export function wholeNumber(min: number, max: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^\d{1,16}$/.test(text) || value < min || value > max)
+      throw new BlockferryError('usage', `"${text}" is no whole number in ${min}..${max}`);
+    return value;
+  };
 }
 
 /** `bytes` with three significant digits at most: "4 KiB", "1.5 GiB", "999 B". */

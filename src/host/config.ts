@@ -6,7 +6,11 @@ import { parseDocument } from 'yaml';
 import { z } from 'zod';
 import { BlockferryError, messageOf } from '../errors.js';
 import { type MachineDefinition, machineDefinitionSchema } from '../hypervisor/driver.js';
+import { CONNECTIONS_MAX, HANDSHAKE_TIMEOUT_MS, HANDSHAKES_MAX } from '../nbd/constants.js';
+import type { TransactionLogSettings } from '../nbd/log/transaction-log.js';
+import { ACCESS_RULES_MAX, type AccessRule, parseAccessRule, unprovable } from '../nbd/server/access.js';
 import type { ClientTlsSettings, ServerTlsSettings, TlsMode } from '../nbd/tls.js';
+import type { ExportPolicy, ListenLimits } from './parts.js';
 import { defaultStateDir, RESERVED_NAMES } from './state-dir.js';
 
 const CONFIG_BYTES_MAX = 1 << 20;
@@ -47,18 +51,54 @@ const tlsSchema = z
     'either certificates or psk, one of the two',
   );
 
+const accessRule = z.string().transform((text, context) => {
+  try {
+    return parseAccessRule(text);
+  } catch (error) {
+    context.addIssue({ code: 'custom', message: messageOf(error) });
+    return z.NEVER;
+  }
+});
+const access = z.array(accessRule).max(ACCESS_RULES_MAX);
+
+const CLIENTS_MAX = 65_536;
+const clients = z.number().int().min(1).max(CLIENTS_MAX);
+const transactionLogSchema = z.strictObject({ file: path, data: z.boolean().default(false) });
+
 const configSchema = z.strictObject({
   name: daemonName,
   stateDir: path.optional(),
   control: path.optional(),
   link: noNul.default('127.0.0.1:0'),
   tls: tlsSchema.optional(),
+  access: access.optional(),
+  listExports: z.boolean().default(true),
+  limits: z
+    .strictObject({
+      connections: clients.default(CONNECTIONS_MAX),
+      handshakes: clients.default(HANDSHAKES_MAX),
+      handshakeSeconds: z
+        .number()
+        .min(0.1)
+        .max(3600)
+        .default(HANDSHAKE_TIMEOUT_MS / 1000),
+    })
+    .prefault({}),
   images: path.optional(),
   run: path.optional(),
   migrationAddress: noNul.min(1).default('127.0.0.1'),
   stopTimeoutSeconds: z.number().min(0).max(3600).default(30),
   volumes: z
-    .array(z.strictObject({ name: volumeName, image: path, tlsOnly: z.boolean().default(false) }))
+    .array(
+      z.strictObject({
+        name: volumeName,
+        image: path,
+        tlsOnly: z.boolean().default(false),
+        access: access.optional(),
+        connections: clients.optional(),
+        transactionLog: transactionLogSchema.optional(),
+      }),
+    )
     .max(VOLUMES_MAX)
     .default([]),
   vms: z
@@ -81,6 +121,11 @@ export interface HostConfig {
   sourceTls: ClientTlsSettings | null;
   /** Names of the volumes that the link address gives to clients behind TLS only. */
   tlsOnly: ReadonlySet<string>;
+  /** Whom the link address gives volumes that have no rules of their own; null: everybody. */
+  access: readonly AccessRule[] | null;
+  /** The link address tells its volumes' names. */
+  listExports: boolean;
+  limits: ListenLimits;
   /** Folder for the images of volumes that arrive. */
   images: string;
   /** Folder for sockets. */
@@ -89,7 +134,13 @@ export interface HostConfig {
   migrationAddress: string;
   /** How long a guest may take to power off when the daemon stops. */
   stopTimeoutMs: number;
-  volumes: { name: string; image: string }[];
+  volumes: {
+    name: string;
+    image: string;
+    access?: readonly AccessRule[];
+    connectionsMax?: number;
+    transactionLog?: TransactionLogSettings;
+  }[];
   vms: { definition: MachineDefinition; autostart: boolean }[];
 }
 
@@ -133,6 +184,7 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
   const twin = duplicates(config.vms.map((vm) => vm.name));
   if (twin !== undefined) throw new BlockferryError('usage', `${file}: vms: "${twin}" is there twice`);
   checkDisks(config.vms, file);
+  checkRules(config, file);
 
   const absolute = (word: string): string => (isAbsolute(word) ? word : resolve(base, word));
   const stateDir = absolute(config.stateDir ?? defaultStateDir());
@@ -143,11 +195,26 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
     link: config.link,
     ...tlsOf(config.tls, absolute),
     tlsOnly: tlsOnlyOf(config.volumes, config.tls?.mode ?? 'off', file),
+    access: config.access ?? null,
+    listExports: config.listExports,
+    limits: {
+      connectionsMax: config.limits.connections,
+      handshakesMax: config.limits.handshakes,
+      handshakeTimeoutMs: config.limits.handshakeSeconds * 1000,
+    },
     images: absolute(config.images ?? join(stateDir, 'images')),
     run: absolute(config.run ?? join(stateDir, 'run')),
     migrationAddress: config.migrationAddress,
     stopTimeoutMs: config.stopTimeoutSeconds * 1000,
-    volumes: config.volumes.map((volume) => ({ name: volume.name, image: absolute(volume.image) })),
+    volumes: config.volumes.map(({ name, image, access: rules, connections, transactionLog }) => ({
+      name,
+      image: absolute(image),
+      ...(rules === undefined ? {} : { access: rules }),
+      ...(connections === undefined ? {} : { connectionsMax: connections }),
+      ...(transactionLog === undefined
+        ? {}
+        : { transactionLog: { path: absolute(transactionLog.file), data: transactionLog.data } }),
+    })),
     vms: config.vms.map(({ autostart, ...definition }) => ({ definition, autostart })),
   };
 }
@@ -181,6 +248,47 @@ function tlsOnlyOf(
       `${file}: volumes: "${names[0]}" is tlsOnly, and there is no TLS: set tls.mode to allowed or required`,
     );
   return new Set(names);
+}
+
+/** Rules with a name that no client of the link address can prove. */
+function checkRules(config: z.infer<typeof configSchema>, file: string): void {
+  const { tls, volumes } = config;
+  const proving =
+    tls === undefined || tls.mode === 'off'
+      ? undefined
+      : {
+          ...(tls.certificates === undefined ? {} : { certificates: tls.certificates }),
+          ...(tls.psk === undefined ? {} : { pskFile: tls.psk }),
+          verifyPeer: tls.verifyPeer,
+        };
+  const lists = [{ path: 'access', rules: config.access }].concat(
+    volumes.map((volume, index) => ({ path: `volumes[${index}].access`, rules: volume.access })),
+  );
+  for (const { path: where, rules } of lists) {
+    const lacking = unprovable(rules ?? [], proving);
+    if (lacking === undefined) continue;
+    const needed = lacking === 'psk' ? 'tls.psk' : 'tls.certificates and tls.verifyPeer';
+    throw new BlockferryError(
+      'usage',
+      `${file}: ${where}: a rule with ${lacking}= needs ${needed}, or nobody can prove that name`,
+    );
+  }
+}
+
+/** Whom a volume is for at the link address, those that arrive included. */
+export function linkPolicyOf(config: HostConfig, volume: string): ExportPolicy {
+  const rules = config.volumes.find(({ name }) => name === volume)?.access ?? config.access;
+  return {
+    ...guestPolicyOf(config, volume),
+    tlsOnly: config.tlsOnly.has(volume),
+    ...(rules === null ? {} : { access: rules }),
+  };
+}
+
+/** At its own socket, which is in a folder for this user only: rules would keep its machine from its disk. */
+export function guestPolicyOf(config: HostConfig, volume: string): ExportPolicy {
+  const { connectionsMax } = config.volumes.find(({ name }) => name === volume) ?? {};
+  return connectionsMax === undefined ? {} : { connectionsMax };
 }
 
 /** A volume attached twice would have two writers at once. Volumes that are not listed may arrive later, so they are allowed. */

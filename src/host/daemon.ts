@@ -12,6 +12,7 @@ import { join } from 'node:path';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import type { MachineDefinition } from '../hypervisor/driver.js';
+import type { TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import type { ClientTlsSettings, ServerTlsSettings } from '../nbd/tls.js';
 import { VERSION } from '../version.js';
 import type { DaemonView, StatusView } from './control/api.js';
@@ -19,8 +20,15 @@ import { controlRoutes } from './control/routes.js';
 import { ControlServer } from './control/server.js';
 import { isAlive } from './control/socket.js';
 import { Machines } from './machines.js';
-import type { OpenMode } from './open.js';
-import { type DaemonParts, type ExportListener, ExportTable } from './parts.js';
+import type { OpenMode, OpenVolumeOptions } from './open.js';
+import {
+  type DaemonParts,
+  type ExportListener,
+  type ExportPolicy,
+  ExportTable,
+  type ListenLimits,
+  type ListenSettings,
+} from './parts.js';
 import { DaemonRecord } from './record.js';
 import { bringRetiredBack } from './retired.js';
 import { Volumes } from './volumes.js';
@@ -39,8 +47,15 @@ export interface DaemonOptions {
   guestTls?: ServerTlsSettings;
   /** What sources with TLS are asked with, where their URIs leave it open. */
   sourceTls?: ClientTlsSettings;
-  /** Volumes that the link address gives to clients behind TLS only. */
-  tlsOnly?: ReadonlySet<string>;
+  /** Whom a volume is for at the guests' addresses and at the link address; default: everybody who gets there. */
+  guestPolicy?: (volume: string) => ExportPolicy;
+  linkPolicy?: (volume: string) => ExportPolicy;
+  /** False: who reads at the link address must know the names of volumes. */
+  linkListsExports?: boolean;
+  /** Of the link address, and of each volume's addresses. */
+  limits?: ListenLimits;
+  /** Where the guest's requests of a volume are recorded, by its name; of others they are not. */
+  transactionLogs?: ReadonlyMap<string, TransactionLogSettings>;
   /** Folder for images of volumes that arrive; null: none may arrive. */
   images: string | null;
   /** Folders that must be there before anything is served, for this user only. */
@@ -87,15 +102,17 @@ export class Daemon {
     makeFolders(options.folders);
     const link = await openLink(options);
     const { openVolume, listen, hypervisor } = parts;
-    const { guestTls, sourceTls, tlsOnly } = options;
+    const { guestTls, limits = {}, guestPolicy, linkPolicy } = options;
+    const settings: ListenSettings = { limits, ...(guestTls === undefined ? {} : { tls: guestTls }) };
     const volumes = new Volumes({
       stateDir,
       images,
       guestAddresses,
       link,
-      openVolume: sourceTls === undefined ? openVolume : (what) => openVolume({ ...what, sourceTls }),
-      listen: (addresses, exports, to) => listen(addresses, exports, to, guestTls),
-      tlsOnly: tlsOnly ?? new Set(),
+      openVolume: (what) => openVolume({ ...what, ...settingsOf(options, what.name) }),
+      listen: (addresses, exports, to) => listen(addresses, exports, to, settings),
+      guestPolicy: guestPolicy ?? (() => ({})),
+      linkPolicy: linkPolicy ?? (() => ({})),
       record,
       log,
     });
@@ -214,6 +231,18 @@ export class Daemon {
   }
 }
 
+/** What of the daemon's settings a volume is opened with. */
+function settingsOf(
+  { sourceTls, transactionLogs }: DaemonOptions,
+  volume: string,
+): Pick<OpenVolumeOptions, 'sourceTls' | 'transactionLog'> {
+  const transactionLog = transactionLogs?.get(volume);
+  return {
+    ...(sourceTls === undefined ? {} : { sourceTls }),
+    ...(transactionLog === undefined ? {} : { transactionLog }),
+  };
+}
+
 function hasState(stateDir: string, volume: string): boolean {
   return existsSync(join(stateDir, volume, 'volume.json'));
 }
@@ -235,8 +264,10 @@ async function openLink(
 ): Promise<{ table: ExportTable; listener: ExportListener } | null> {
   if (options.link === null) return null;
   const table = new ExportTable();
-  const { link, log, linkTls, parts } = options;
-  return { table, listener: await parts.listen([link], table, log, linkTls) };
+  const { link, log, linkTls, linkListsExports = true, limits = {}, parts } = options;
+  const tls = linkTls === undefined ? {} : { tls: linkTls };
+  const settings = { limits, listExports: linkListsExports, ...tls };
+  return { table, listener: await parts.listen([link], table, log, settings) };
 }
 
 /** The driver gives every process a folder NAME-XXXXXX with its QMP socket: one that answers is alive. */

@@ -59,6 +59,8 @@ export class Machines {
   private readonly entries = new Map<string, MachineEntry>();
   private readonly queue = new KeyedQueue();
   private readonly disks: MachineDisks;
+  /** Machines whose process is on its way, by name. */
+  private readonly starting = new Set<string>();
 
   constructor(private readonly options: MachinesOptions) {
     this.disks = new MachineDisks(options.volumes, this.entries, (name) => this.isUnmanaged(name));
@@ -363,7 +365,8 @@ export class Machines {
   }
 
   private async isUnmanaged(name: string): Promise<boolean> {
-    if (this.entries.get(name)?.machine) return false;
+    // A process that is starting is ours, and asking it would fill the short queue in front of its control socket.
+    if (this.entries.get(name)?.machine || this.starting.has(name)) return false;
     return this.options.hasLeftover(name);
   }
 
@@ -378,11 +381,14 @@ export class Machines {
     entry.ran = false;
     entry.sent = false;
     let machine: Machine;
+    this.starting.add(definition.name);
     try {
       machine = await hypervisor.start(definition, { disks, incoming });
     } catch (error) {
       entry.error = messageOf(error);
       throw error;
+    } finally {
+      this.starting.delete(definition.name);
     }
     entry.machine = machine;
     log.info({ vm: definition.name, pid: machine.pid, incoming }, 'machine started');

@@ -2,6 +2,7 @@
 import type { Logger } from 'pino';
 import { BlockferryError } from '../errors.js';
 import type { BlockDevice } from '../nbd/device.js';
+import { TransactionLog, type TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { describeVolume, probeSource, volumeDescribed } from '../relocation/link.js';
 import { Relocation, type RelocationTiming } from '../relocation/relocation.js';
@@ -38,26 +39,33 @@ export interface OpenVolumeOptions {
   mode: OpenMode;
   /** For a source with TLS, where its URI leaves something open. */
   sourceTls?: ClientTlsSettings;
+  /** Where the guest's requests are recorded; default: nowhere. */
+  transactionLog?: TransactionLogSettings;
   log: Logger;
   timing?: Partial<RelocationTiming>;
 }
 
 const DEFAULTS: RelocationSettings = { background: true, rateBytesPerSecond: null, sourceTimeoutMs: null };
 
-/** Throws what volume/open.ts and NbdClient.connect throw. */
+/** Throws what volume/open.ts, NbdClient.connect and TransactionLog.open throw. */
 export async function openVolumeService(options: OpenVolumeOptions): Promise<VolumeService> {
   const { mode, log, sourceTls, timing = {} } = options;
-  const volume = await openVolume(options);
+  // First: where it cannot be had, no volume is made.
+  const transactionLog =
+    options.transactionLog === undefined ? null : TransactionLog.open(options.transactionLog, log);
+  let volume: Volume | null = null;
   try {
+    volume = await openVolume(options);
     const settings = mode.kind === 'proxy' ? mode : DEFAULTS;
     const limited =
       mode.kind === 'arrive' ? { ...settings, rateBytesPerSecond: mode.rateBytesPerSecond } : settings;
     const { source } = volume.identity.current;
     const relocation =
       source === null ? null : new Relocation(volume, { ...limited, tls: sourceTls, log, timing });
-    return new RunningVolume(volume, relocation);
+    return new RunningVolume(volume, relocation, transactionLog);
   } catch (error) {
-    await volume.close().catch(() => undefined);
+    await volume?.close().catch(() => undefined);
+    await transactionLog?.close();
     throw error;
   }
 }
@@ -128,8 +136,9 @@ class RunningVolume implements VolumeService {
   constructor(
     private readonly volume: Volume,
     private readonly relocation: Relocation | null,
+    private readonly transactionLog: TransactionLog | null,
   ) {
-    this.guest = new GuestDevice(volume);
+    this.guest = new GuestDevice(volume, transactionLog);
     this.link = new LinkDevice(volume);
   }
 
@@ -194,7 +203,7 @@ class RunningVolume implements VolumeService {
       },
       clients: 0,
       handoffAt,
-      error: failure?.message ?? relocation?.error ?? null,
+      error: failure?.message ?? relocation?.error ?? this.transactionLog?.failure?.message ?? null,
     };
   }
 
@@ -238,6 +247,7 @@ class RunningVolume implements VolumeService {
     const proof = await this.volume.cancel();
     this.#gone = true;
     await this.relocation?.close();
+    await this.transactionLog?.close();
     return proof;
   }
 
@@ -273,7 +283,11 @@ class RunningVolume implements VolumeService {
     if (this.#gone) return;
     this.#gone = true;
     await this.relocation?.close();
-    await this.volume.close();
+    try {
+      await this.volume.close();
+    } finally {
+      await this.transactionLog?.close();
+    }
   }
 }
 

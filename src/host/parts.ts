@@ -6,9 +6,8 @@
 import type { Logger } from 'pino';
 import type { Hypervisor } from '../hypervisor/driver.js';
 import type { BlockDevice } from '../nbd/device.js';
-import type { ExportDirectory, ExportEntry } from '../nbd/server/exports.js';
-import { defaultOrNamed } from '../nbd/server/exports.js';
-import type { ServerTlsSettings } from '../nbd/tls.js';
+import { defaultOrNamed, type ExportDirectory, type ExportEntry } from '../nbd/server/exports.js';
+import type { ListenerParameters } from '../nbd/server/listener.js';
 import type { OpenVolumeOptions } from './open.js';
 import type { VolumeService } from './service.js';
 
@@ -25,12 +24,25 @@ export interface ExportListener {
   close(): Promise<void>;
 }
 
+/** Whom an export is for. */
+export type ExportPolicy = Pick<ExportEntry, 'tlsOnly' | 'access' | 'connectionsMax'>;
+
+export type ListenLimits = Pick<
+  ListenerParameters,
+  'connectionsMax' | 'handshakesMax' | 'handshakeTimeoutMs'
+>;
+
+/** What is absent has its default. */
+export interface ListenSettings extends Pick<ListenerParameters, 'tls' | 'listExports'> {
+  limits?: ListenLimits;
+}
+
 /** Listens at all of `addresses` (unix:PATH, HOST:PORT, [V6]:PORT, fd:N, stdio) or fails with 'address', or 'tls'. */
 export type Listen = (
   addresses: readonly string[],
   exports: ExportDirectory,
   log: Logger,
-  tls?: ServerTlsSettings,
+  settings?: ListenSettings,
 ) => Promise<ExportListener>;
 
 export interface DaemonParts {
@@ -42,12 +54,12 @@ export interface DaemonParts {
 /** The exports of one listener, which may come and go. */
 export class ExportTable implements ExportDirectory {
   readonly shuttingDown = false;
-  private readonly entries: ExportEntry[] = [];
+  private readonly entries = new Map<string, ExportEntry>();
 
   /** `describe` is asked for each client anew: what a volume says of itself changes with its generation. */
-  add(name: string, describe: () => string, device: BlockDevice, tlsOnly = false): void {
+  add(name: string, describe: () => string, device: BlockDevice, policy: ExportPolicy = {}): void {
     this.remove(name);
-    this.entries.push({
+    this.entries.set(name, {
       name,
       get description() {
         return describe();
@@ -57,22 +69,23 @@ export class ExportTable implements ExportDirectory {
       contexts: device.contexts,
       preferredBlock: device.preferredBlock,
       multiConn: device.multiConn,
-      tlsOnly,
+      fastZero: device.fastZero ?? false,
+      ...policy,
       open: () => device,
     });
   }
 
   /** No client is let in any more; sessions there are end with the device's volume. */
   remove(name: string): void {
-    const index = this.entries.findIndex((entry) => entry.name === name);
-    if (index >= 0) this.entries.splice(index, 1);
+    this.entries.delete(name);
   }
 
   list(): ExportEntry[] {
-    return [...this.entries];
+    return [...this.entries.values()];
   }
 
+  /** By its name at once: a client may ask often. */
   find(name: string): ExportEntry | undefined {
-    return defaultOrNamed(this.entries, name);
+    return name === '' ? defaultOrNamed(this.list(), name) : this.entries.get(name);
   }
 }

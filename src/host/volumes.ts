@@ -9,7 +9,13 @@ import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import type { CreateVolume, ServedVolume, UnavailableVolume, VolumeView } from './control/api.js';
 import type { OpenMode } from './open.js';
-import { type ExportListener, ExportTable, type Listen, type OpenVolume } from './parts.js';
+import {
+  type ExportListener,
+  type ExportPolicy,
+  ExportTable,
+  type Listen,
+  type OpenVolume,
+} from './parts.js';
 import type { DaemonRecord } from './record.js';
 import { bringRetiredBack, retiredId, setRetiredAside } from './retired.js';
 import type { Phase, RetreatProof, VolumeService } from './service.js';
@@ -27,8 +33,9 @@ export interface VolumesOptions {
   link: { table: ExportTable; listener: ExportListener } | null;
   openVolume: OpenVolume;
   listen: Listen;
-  /** Those that the link gives to clients behind TLS only. */
-  tlsOnly: ReadonlySet<string>;
+  /** Whom a volume's faces are for. */
+  guestPolicy: (name: string) => ExportPolicy;
+  linkPolicy: (name: string) => ExportPolicy;
   record: DaemonRecord;
   log: Logger;
 }
@@ -289,15 +296,15 @@ export class Volumes {
   }
 
   private async openEntry(name: string, image: string, mode: OpenMode): Promise<void> {
-    const { stateDir, openVolume, log, link, listen, guestAddresses, tlsOnly } = this.options;
+    const { stateDir, openVolume, log, link, listen, guestAddresses, guestPolicy, linkPolicy } = this.options;
     const service = await openVolume({ stateDir, name, image, mode, log });
     const entry: OpenEntry = { kind: 'open', service, guest: null, handoff: new Occurrence() };
     const describe = (): string => service.linkDescription;
     try {
       const table = new ExportTable();
-      table.add(name, describe, service.guest);
+      table.add(name, describe, service.guest, guestPolicy(name));
       entry.guest = await listen(guestAddresses(name), table, log);
-      link?.table.add(name, describe, service.link, tlsOnly.has(name));
+      link?.table.add(name, describe, service.link, linkPolicy(name));
     } catch (error) {
       await service.close();
       throw error;

@@ -28,6 +28,7 @@ interface Addon {
   writeAsync(fd: number, buffer: Uint8Array, at: number, length: number, offset: number): Promise<number>;
   punchHole(fd: number, offset: number, length: number): Promise<number>;
   zeroRange(fd: number, offset: number, length: number, keepHole: boolean): Promise<number>;
+  zeroFast(fd: number, offset: number, length: number, keepHole: boolean): Promise<number>;
   allocate(fd: number, offset: number, length: number): Promise<number>;
   fdatasync(fd: number): Promise<number>;
   seekData(fd: number, offset: number): number;
@@ -48,7 +49,7 @@ interface Addon {
 }
 
 /** This file runs from dist/src/native; straight from src/native under a loader of TypeScript. */
-function packageRoot(): string {
+export function packageRoot(): string {
   const here = fileURLToPath(new URL('.', import.meta.url));
   const roots = [resolve(here, '../../..'), resolve(here, '../..')];
   return roots.find((root) => existsSync(join(root, 'native/binding.gyp'))) ?? roots[0];
@@ -115,6 +116,12 @@ export const punchHole = addon.punchHole;
  * can do best, and writes zeros where it can do nothing. On libuv's pool.
  */
 export const zeroRange = addon.zeroRange;
+
+/**
+ * As `zeroRange`, but never by writing: -EOPNOTSUPP, and nothing has changed, where the file system or device cannot do it without.
+ * (A block device may be zeroed by its driver, which writes: `write_zeroes_max_bytes` of its queue tells.)
+ */
+export const zeroFast = addon.zeroFast;
 
 /**
  * Reserves the space of the range, leaving its data as it is, and grows the file to its end -> 0, or

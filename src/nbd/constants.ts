@@ -1,6 +1,6 @@
 /**
- * Numbers of the NBD protocol. Source: NetworkBlockDevice/nbd, doc/proto.md.
- * All integers on the wire are big-endian.
+ * Numbers of the NBD protocol. Source: NetworkBlockDevice/nbd, doc/proto.md; those of extended headers: the same file on the branch
+ * extension-ext-header. All integers on the wire are big-endian.
  */
 
 // Handshake
@@ -58,15 +58,21 @@ export const TransmissionFlag = {
   SEND_RESIZE: 1 << 9,
   SEND_CACHE: 1 << 10,
   SEND_FAST_ZERO: 1 << 11,
+  /** Extended headers only. */
+  BLOCK_STATUS_PAYLOAD: 1 << 12,
 } as const;
 
 // Transmission
 export const REQUEST_MAGIC = 0x25609513;
 export const SIMPLE_REPLY_MAGIC = 0x67446698;
 export const STRUCTURED_REPLY_MAGIC = 0x668e33ef;
+export const EXTENDED_REQUEST_MAGIC = 0x21e41c71;
+export const EXTENDED_REPLY_MAGIC = 0x6e8a278c;
 export const REQUEST_HEADER_BYTES = 28;
+export const EXTENDED_REQUEST_HEADER_BYTES = 32;
 export const SIMPLE_REPLY_HEADER_BYTES = 16;
 export const STRUCTURED_REPLY_HEADER_BYTES = 20;
+export const EXTENDED_REPLY_HEADER_BYTES = 32;
 
 export const Command = {
   READ: 0,
@@ -79,12 +85,15 @@ export const Command = {
   BLOCK_STATUS: 7,
 } as const;
 
+/** Command flags, 16 bits. */
 export const CommandFlag = {
   FUA: 1 << 0,
   NO_HOLE: 1 << 1,
   DF: 1 << 2,
   REQ_ONE: 1 << 3,
   FAST_ZERO: 1 << 4,
+  /** Extended headers only: the header's length is that of a payload behind it. */
+  PAYLOAD_LEN: 1 << 5,
 } as const;
 
 export const ChunkFlag = { DONE: 1 } as const;
@@ -94,9 +103,14 @@ export const ChunkType = {
   OFFSET_DATA: 1,
   OFFSET_HOLE: 2,
   BLOCK_STATUS: 5,
+  /** Extended headers only, where it takes the place of BLOCK_STATUS. */
+  BLOCK_STATUS_EXT: 6,
   ERROR: 0x8001,
   ERROR_OFFSET: 0x8002,
 } as const;
+
+/** What the transmission phase looks like: as was agreed in the handshake, each including what comes before it. */
+export type ReplyForm = 'simple' | 'structured' | 'extended';
 
 /** Error values allowed on the wire; 0 is success. */
 export const Errno = {
@@ -113,6 +127,7 @@ export const Errno = {
 
 /** Status bits of `base:allocation`. */
 export const Allocation = { HOLE: 1, ZERO: 2 } as const;
+/** The context that tells holes and zeroes. */
 export const BASE_ALLOCATION = 'base:allocation';
 /** Source: QEMU, docs/interop/nbd.txt. The status is the depth in a chain: 0 unallocated, 1 here, 2 in the layer behind. */
 export const ALLOCATION_DEPTH = 'qemu:allocation-depth';
@@ -139,7 +154,17 @@ export const HANDSHAKE_TIMEOUT_MS = 10_000;
 /** How long a closing listener waits for clients that are still haggling, and for sessions that finish their requests. */
 export const HANDSHAKE_DRAIN_TIMEOUT_MS = 1000;
 export const SESSION_DRAIN_TIMEOUT_MS = 10_000;
+/** Clients in transmission that one listener serves at the same time. */
 export const CONNECTIONS_MAX = 1024;
+/** Clients in the handshake with one listener at the same time. */
+export const HANDSHAKES_MAX = 512;
+/**
+ * A TCP client that says nothing for so long is asked whether it is still there, every second, ten times: one whose machine vanished
+ * gives its place back. As long as Linux and nbd-server wait: a shorter time would end idle sessions in a short break of the network.
+ */
+export const KEEPALIVE_IDLE_MS = 7_200_000;
 /** Requests and payload bytes one session may have in flight before we stop reading from it. */
 export const IN_FLIGHT_REQUESTS_MAX = 1024;
 export const IN_FLIGHT_BYTES_MAX = 128 << 20;
+/** The same for all sessions of a thread together; beyond it each may still have one request. */
+export const IN_FLIGHT_BYTES_TOTAL_MAX = 512 << 20;

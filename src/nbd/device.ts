@@ -7,25 +7,35 @@
  * `complete` exactly once, from any later turn of the loop or before it returns.
  */
 
+import type { TransactionLog } from './log/transaction-log.js';
+
 /** Answer of a `...Now` call: it cannot be done without waiting. Every other answer is an NBD errno, 0 for success. */
 export const LATER = -1;
 
+/** A request that waits for its answer. The session uses the object again once it is complete: keep nothing of it. */
 export interface IoRequest {
   /** Bytes from the start of the device. Bounds were checked by the session: offset + length <= size. */
   readonly offset: number;
-  /** Bytes, >= 1 (FLUSH: 0). */
+  /** Bytes, >= 1 (FLUSH: 0). READ and WRITE: PAYLOAD_BYTES_MAX at most; all others as long as the device. */
   readonly length: number;
-  /** Command flags (CommandFlag). */
+  /** Command flags (CommandFlag), without PAYLOAD_LEN. */
   readonly flags: number;
   /** READ: filled from `at` on; WRITE: the payload from `at` on. It belongs to the request until `complete`. */
   readonly buffer: Buffer;
   readonly at: number;
   /** The session is gone: nobody waits for the answer. `complete` must be called all the same. */
   readonly abandoned: boolean;
+  /**
+   * A change took effect, on `length` bytes at `offset` (TRIM: what was given back, length 0 for nothing). Called in the very step in
+   * which it did, before any other request finds it done; a device that never calls it has its changes recorded when they complete,
+   * which is right if nothing else can change the same bytes in between.
+   */
+  changed(offset: number, length: number): void;
   /** Answers with an NBD errno, 0 for success. Exactly once. */
   complete(errno: number): void;
 }
 
+/** BLOCK_STATUS: at least one extent is added before it is completed with success. */
 export interface StatusRequest extends IoRequest {
   /** Name of one of the device's contexts. Asked once per selected context. */
   readonly context: string;
@@ -35,6 +45,7 @@ export interface StatusRequest extends IoRequest {
   extent(length: number, status: number): void;
 }
 
+/** A disk that sessions serve. All sessions may call it at any time; it must not throw. */
 export interface BlockDevice {
   /** Bytes. */
   readonly size: number;
@@ -42,21 +53,37 @@ export interface BlockDevice {
   readonly readOnly: boolean;
   /** FLUSH and FUA on one connection cover completed writes of all (MULTI_CONN). */
   readonly multiConn: boolean;
+  /**
+   * Heeds FAST_ZERO in `zero`: it answers ENOTSUP at once, and changes nothing, unless it zeroes faster than data could be written. Default:
+   * false, and clients are not offered it.
+   */
+  readonly fastZero?: boolean;
   /** Preferred request size in bytes, a power of two >= 512. */
   readonly preferredBlock: number;
   /** Metadata contexts it can report, e.g. `base:allocation`. */
   readonly contexts: readonly string[];
+  /** Where its requests are recorded, if anywhere. */
+  readonly transactionLog?: TransactionLog | null;
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number;
+  /**
+   * How many bytes from `offset` on are known to read as zeros at this moment, 0 to `length`: asked before long READs, whose reply
+   * can do without them. Cheap, and never a guess. Without it nothing is known.
+   */
+  zeroesNow?(offset: number, length: number): number;
   /** Never asked with FUA: those go to `write`. */
   writeNow(offset: number, length: number, buffer: Buffer, at: number): number;
   read(request: IoRequest): void;
   write(request: IoRequest): void;
   flush(request: IoRequest): void;
   trim(request: IoRequest): void;
+  /** Its flags may hold NO_HOLE, and FAST_ZERO if that is offered; nothing but FAST_ZERO may be answered with ENOTSUP. */
   zero(request: IoRequest): void;
   cache(request: IoRequest): void;
   status(request: StatusRequest): void;
-  /** The session is over: its requests are abandoned. Called once per session. */
+  /**
+   * The session is over. Those of its requests that are `abandoned` should be completed soon, whatever they wait for: they keep
+   * the session's place among the connections. Called once per session.
+   */
   release(): void;
 }

@@ -14,10 +14,12 @@ import { BlockferryError } from '../errors.js';
 import { DEFAULT_PORT, STRING_BYTES_MAX } from './constants.js';
 import type { ClientTlsSettings } from './tls.js';
 
+/** Where a server is: a host (name or IP address without brackets) and port 1..65535, or the path of a socket. */
 export type NbdAddress =
   | { readonly kind: 'tcp'; readonly host: string; readonly port: number }
   | { readonly kind: 'unix'; readonly path: string };
 
+/** What an NBD URI says. */
 export interface NbdUri {
   readonly address: NbdAddress;
   /** May be empty: the server's default export. At most 4096 bytes of UTF-8, no NUL. */

@@ -12,15 +12,36 @@ import { Errno } from '../nbd/constants.js';
 import type { IoRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from '../volume/blocks.js';
 import type { BlockStore, Supplier } from '../volume/store.js';
+import { type Asker, Budget } from './budget.js';
 import { BufferPool } from './buffers.js';
 import { Histogram } from './histogram.js';
 import { InFlight } from './in-flight.js';
-import type { Lane, Link } from './link.js';
+import { DROPPED, type Lane, type Link } from './link.js';
 
 /** Blocks of one fetch, at most: 1 MiB. */
 const FETCH_BLOCKS_MAX = 256;
 /** So many demand fetches in flight keep any link busy: who waits asks again for its further blocks when the first is here. */
 const DEMANDS_AHEAD_MAX = 256;
+/** Buffers of demand fetches, at most: twice what their lane may have in flight. Further ones wait for theirs. */
+const DEMAND_BYTES_MAX = 64 << 20;
+
+/** A demand fetch is for those who wait for its blocks, and nobody else may be. */
+class Fetch implements Asker {
+  done!: Promise<number>;
+  /** Somebody waits for its end, whatever blocks he is after. */
+  isAwaited = false;
+
+  constructor(
+    readonly store: BlockStore,
+    readonly lane: Lane,
+    readonly first: number,
+    readonly end: number,
+  ) {}
+
+  get abandoned(): boolean {
+    return this.lane === 'demand' && !this.isAwaited && !this.store.awaits(this.first, this.end);
+  }
+}
 
 export interface Traffic {
   demandBytes: number;
@@ -36,7 +57,8 @@ export class Fetcher implements Supplier {
   readonly #link: Link;
   readonly #pool = new BufferPool();
   readonly #inFlight = new InFlight();
-  readonly #underWay = new Set<{ first: number; end: number; done: Promise<number> }>();
+  readonly #underWay = new Set<Fetch>();
+  readonly #demandRoom = new Budget(Number.POSITIVE_INFINITY, DEMAND_BYTES_MAX);
   #demandsInFlight = 0;
   readonly demandLatency = new Histogram();
   readonly traffic: Traffic = { demandBytes: 0, backgroundBytes: 0, throughBytes: 0, zeroBytes: 0 };
@@ -79,6 +101,11 @@ export class Fetcher implements Supplier {
     this.onPrefetch?.(first, end);
   }
 
+  dropAbandoned(): void {
+    this.#demandRoom.dropAbandoned();
+    this.#link.dropAbandoned();
+  }
+
   readThrough(request: IoRequest): void {
     void this.#passThrough(request).then((errno) => {
       const { presence } = this.#store;
@@ -107,7 +134,7 @@ export class Fetcher implements Supplier {
       parts.push(
         local
           ? this.#store.readLocal(buffer, place, to - from, from)
-          : this.#through(from, to - from, buffer, place),
+          : this.#through(from, to - from, buffer, place, request),
       );
       from = to;
     }
@@ -120,8 +147,8 @@ export class Fetcher implements Supplier {
     return Errno.OK;
   }
 
-  async #through(offset: number, length: number, buffer: Buffer, at: number): Promise<number> {
-    await this.#link.read('demand', offset, length, buffer, at);
+  async #through(offset: number, length: number, buffer: Buffer, at: number, asker: Asker): Promise<number> {
+    await this.#link.read('demand', offset, length, buffer, at, asker);
     this.traffic.throughBytes += length;
     return Errno.OK;
   }
@@ -145,10 +172,11 @@ export class Fetcher implements Supplier {
 
   /**
    * Fetches and fills [first, end): blocks that are missing and not in flight, FETCH_BLOCKS_MAX at most. Resolves with an errno
-   * when it is over; those who wait for the blocks have been told.
+   * when it is over; those who wait for the blocks have been told. On demand: only while there are any.
    */
   async fetch(lane: Lane, first: number, end: number): Promise<number> {
-    const fetch = { first, end, done: this.#run(lane, first, end) };
+    const fetch = new Fetch(this.#store, lane, first, end);
+    fetch.done = this.#run(fetch);
     this.#underWay.add(fetch);
     const errno = await fetch.done;
     this.#underWay.delete(fetch);
@@ -158,34 +186,51 @@ export class Fetcher implements Supplier {
   /** Resolves when the fetches that touch [first, end) now are over. */
   async settled(first: number, end: number): Promise<void> {
     const touching = [...this.#underWay].filter((fetch) => fetch.first < end && first < fetch.end);
+    for (const fetch of touching) fetch.isAwaited = true;
     await Promise.all(touching.map((fetch) => fetch.done));
   }
 
-  async #run(lane: Lane, first: number, end: number): Promise<number> {
-    const buffer = this.#pool.take(bytesOfBlocks(first, end, this.#store.image.size));
+  async #run(fetch: Fetch): Promise<number> {
+    const { lane, first, end } = fetch;
+    const bytes = bytesOfBlocks(first, end, this.#store.image.size);
     this.#inFlight.mark(first, end);
-    const errno = await this.#transfer(this.#store.epoch, lane, first, end, buffer);
+    if (lane === 'demand') {
+      const turn = this.#demandRoom.take(bytes, fetch);
+      if (turn !== null && !(await turn)) return this.#drop(first, end);
+    }
+    const buffer = this.#pool.take(bytes);
+    const errno = await this.#transfer(fetch, this.#store.epoch, first, end, buffer);
     this.#pool.give(buffer);
+    if (lane === 'demand') this.#demandRoom.give(bytes);
     return errno;
+  }
+
+  /** Nobody waited for it; whoever came meanwhile asks again. */
+  #drop(first: number, end: number): number {
+    this.#inFlight.unmark(first, end);
+    this.#store.retry(first, end);
+    return Errno.EIO;
   }
 
   /**
    * Reads [first, end) at once, and where the source fails to, half by half: a bad block of the source fails nobody who waits for
    * its neighbours. What is over is no longer in flight before those who wait are told, so that they may ask again.
    */
-  async #transfer(epoch: number, lane: Lane, first: number, end: number, buffer: Buffer): Promise<number> {
+  async #transfer(fetch: Fetch, epoch: number, first: number, end: number, buffer: Buffer): Promise<number> {
+    const { lane } = fetch;
     const bytes = bytesOfBlocks(first, end, this.#store.image.size);
     let failure: unknown;
     try {
-      await this.#link.read(lane, first * BLOCK_BYTES, bytes, buffer, 0);
+      await this.#link.read(lane, first * BLOCK_BYTES, bytes, buffer, 0, fetch);
     } catch (error) {
       failure = error;
     }
+    if (failure === DROPPED) return this.#drop(first, end);
     const stale = epoch !== this.#store.epoch;
     if (!stale && codeOf(failure) === 'source-io' && end - first > 1) {
       const middle = first + Math.ceil((end - first) / 2);
-      const lower = await this.#transfer(epoch, lane, first, middle, buffer);
-      const upper = await this.#transfer(epoch, lane, middle, end, buffer);
+      const lower = await this.#transfer(fetch, epoch, first, middle, buffer);
+      const upper = await this.#transfer(fetch, epoch, middle, end, buffer);
       return lower === Errno.OK ? upper : lower;
     }
     this.#inFlight.unmark(first, end);

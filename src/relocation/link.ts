@@ -14,7 +14,7 @@ import { BlockferryError, messageOf } from '../errors.js';
 import { type Extent, NbdClient, NbdReplyError } from '../nbd/client/client.js';
 import { BASE_ALLOCATION, Errno, TransmissionFlag } from '../nbd/constants.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
-import { Budget } from './budget.js';
+import { type Asker, Budget } from './budget.js';
 import { allocationFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
 
 export type Lane = 'demand' | 'bulk';
@@ -104,8 +104,15 @@ export interface LinkOptions {
   timing?: Partial<LinkTiming>;
 }
 
+/** Connections lost over the question what is allocated, before it is taken for one that this source cannot answer. */
+const ALLOCATION_LOSSES_MAX = 5;
+
+/** What a read fails with when nobody waits for it any more. */
+export const DROPPED = new BlockferryError('closed', 'nobody waits for this read any more');
+
 interface Waiting {
   readonly lane: Lane;
+  readonly asker: Asker | undefined;
   readonly resolve: (client: NbdClient) => void;
   readonly reject: (error: BlockferryError) => void;
 }
@@ -122,6 +129,8 @@ export class Link {
   readonly #timing: LinkTiming;
   /** Every connection that is not over yet, whether it is used any more or not. */
   readonly #alive = new Set<NbdClient>();
+  /** Those that have answered something. */
+  readonly #useful = new WeakSet<NbdClient>();
   #waiting: Waiting[] = [];
   #turn = 0;
   #timeout: NodeJS.Timeout | undefined;
@@ -157,28 +166,54 @@ export class Link {
 
   /**
    * Fills buffer[at, at + length). Waits through losses of the source; rejects with 'source-io' when the source answers with an
-   * error, 'source-unreachable' after the source timeout, 'closed' when the link is closed.
+   * error, 'source-unreachable' after the source timeout, 'closed' when the link is closed, and with DROPPED once `asker` has gone
+   * and the source is lost.
    */
-  async read(lane: Lane, offset: number, length: number, buffer: Buffer, at: number): Promise<void> {
+  async read(
+    lane: Lane,
+    offset: number,
+    length: number,
+    buffer: Buffer,
+    at: number,
+    asker?: Asker,
+  ): Promise<void> {
     for (let lostAtMs: number | null = null; ; ) {
-      const client = this.#pick(lane) ?? (await this.#connected(lane));
+      const client = this.#pick(lane) ?? (await this.#connected(lane, asker));
       try {
-        return await readFrom(client, this.#budgets[lane], offset, length, buffer, at);
+        await readFrom(client, this.#budgets[lane], offset, length, buffer, at);
+        this.#useful.add(client);
+        return;
       } catch (error) {
         this.#rethrowFinal(error, client);
+        if (asker?.abandoned) throw DROPPED;
         lostAtMs = this.#patientSince(lostAtMs);
       }
     }
   }
 
-  /** What the source says is allocated from `offset` on, as far as it told; null if it does not tell. Rejects as `read` does. */
+  /** Sends away the reads that wait for a lost source and for nobody. Those under way end with their connection. */
+  dropAbandoned(): void {
+    const waiting = this.#waiting;
+    if (waiting.length === 0) return;
+    this.#waiting = waiting.filter(({ asker }) => asker === undefined || !asker.abandoned);
+    for (const { asker, reject } of waiting) if (asker?.abandoned) reject(DROPPED);
+  }
+
+  /**
+   * What the source says is allocated from `offset` on, as far as it told; null if it does not tell. Rejects as `read` does, with
+   * 'source-io' also when connection after connection is lost over this question.
+   */
   async allocation(offset: number, length: number): Promise<Extent[] | null> {
-    for (let lostAtMs: number | null = null; ; ) {
+    for (let losses = 1, lostAtMs: number | null = null; ; losses++) {
       const client = this.#pick('bulk') ?? (await this.#connected('bulk'));
       try {
-        return await allocationFrom(client, offset, length);
+        const extents = await allocationFrom(client, offset, length);
+        this.#useful.add(client);
+        return extents;
       } catch (error) {
         this.#rethrowFinal(error, client);
+        if (losses === ALLOCATION_LOSSES_MAX)
+          throw new BlockferryError('source-io', `the source fails at BLOCK_STATUS: ${messageOf(error)}`);
         lostAtMs = this.#patientSince(lostAtMs);
       }
     }
@@ -219,10 +254,10 @@ export class Link {
     return this.#clients[0] ?? null;
   }
 
-  #connected(lane: Lane): Promise<NbdClient> {
+  #connected(lane: Lane, asker?: Asker): Promise<NbdClient> {
     if (this.#closed) return Promise.reject(closedError());
     if (this.#overdue !== null) return Promise.reject(this.#overdue);
-    return new Promise((resolve, reject) => this.#waiting.push({ lane, resolve, reject }));
+    return new Promise((resolve, reject) => this.#waiting.push({ lane, asker, resolve, reject }));
   }
 
   #open(index: number): void {
@@ -237,10 +272,13 @@ export class Link {
     while (!this.#closed) {
       try {
         const client = await this.#connect();
-        backoffMs = backoffMsMin;
+        const began = performance.now();
         this.#use(index, client);
         const why = await client.closed;
         this.#drop(index, client, why);
+        // A source that lets us in and then fails at once is not to be rushed at either.
+        const wasUseful = this.#useful.has(client) || performance.now() - began >= backoffMsMax;
+        if (wasUseful) backoffMs = backoffMsMin;
       } catch (error) {
         this.#refused(index, error);
         if (index > 0 && this.#clients[0]) backoffMs = spareBackoffMs;

@@ -9,10 +9,15 @@ import type { Presence } from './presence.js';
 const LOCAL = 1;
 const AT_SOURCE = 2;
 
+/** After so long an answer ends where it is, at the next multiple of LOOK_AFTER extents: others wait meanwhile, and clients ask again. */
+const STATUS_MS_MAX = 5;
+const LOOK_AFTER = 256;
+
 /** Adds the extents of the request's range, from its start on and at most as many as it wants. */
 export function reportExtents(request: StatusRequest, image: Image, presence: Presence | null): void {
   const past = request.offset + request.length;
   const allocation = request.context === BASE_ALLOCATION;
+  const untilMs = performance.now() + STATUS_MS_MAX;
   let extents = 0;
   for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
     const local = localStretch(presence, at, past);
@@ -26,6 +31,7 @@ export function reportExtents(request: StatusRequest, image: Image, presence: Pr
       request.extent(end - at, stretch.hole ? Allocation.HOLE | Allocation.ZERO : 0);
     }
     at = end;
+    if (extents % LOOK_AFTER === LOOK_AFTER - 1 && performance.now() > untilMs) return;
   }
 }
 

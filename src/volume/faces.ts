@@ -1,6 +1,7 @@
 /** The two devices a volume is served as. What a phase allows is asked at each request: sessions outlive phases. */
 import { ALLOCATION_DEPTH, BASE_ALLOCATION, Errno } from '../nbd/constants.js';
 import type { BlockDevice, IoRequest, StatusRequest } from '../nbd/device.js';
+import type { TransactionLog } from '../nbd/log/transaction-log.js';
 import { BLOCK_BYTES } from './blocks.js';
 import type { BlockStore } from './store.js';
 import type { Volume } from './volume.js';
@@ -12,11 +13,15 @@ export class GuestDevice implements BlockDevice {
   readonly size: number;
   readonly readOnly: boolean;
   readonly multiConn = true;
+  readonly fastZero = true;
   readonly preferredBlock = BLOCK_BYTES;
   readonly contexts = CONTEXTS;
   readonly #store: BlockStore;
 
-  constructor(private readonly volume: Volume) {
+  constructor(
+    private readonly volume: Volume,
+    readonly transactionLog: TransactionLog | null = null,
+  ) {
     this.#store = volume.store;
     this.size = volume.size;
     this.readOnly = volume.readOnly;
@@ -24,6 +29,10 @@ export class GuestDevice implements BlockDevice {
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     return this.volume.readable ? this.#store.readNow(offset, length, buffer, at) : Errno.EPERM;
+  }
+
+  zeroesNow(offset: number, length: number): number {
+    return this.volume.readable ? this.#store.zeroesNow(offset, length) : 0;
   }
 
   writeNow(offset: number, length: number, buffer: Buffer, at: number): number {
@@ -60,7 +69,9 @@ export class GuestDevice implements BlockDevice {
     else request.complete(Errno.EPERM);
   }
 
-  release(): void {}
+  release(): void {
+    this.#store.dropAbandoned();
+  }
 }
 
 /**
@@ -82,6 +93,10 @@ export class LinkDevice implements BlockDevice {
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     return this.volume.closed ? Errno.ESHUTDOWN : this.#store.readNow(offset, length, buffer, at);
+  }
+
+  zeroesNow(offset: number, length: number): number {
+    return this.volume.closed ? 0 : this.#store.zeroesNow(offset, length);
   }
 
   writeNow(): number {
@@ -119,5 +134,7 @@ export class LinkDevice implements BlockDevice {
     else this.#store.status(request);
   }
 
-  release(): void {}
+  release(): void {
+    this.#store.dropAbandoned();
+  }
 }

@@ -6,6 +6,7 @@ import {
   fstatSync,
   ftruncateSync,
   openSync,
+  readFileSync,
   realpathSync,
   renameSync,
   rmSync,
@@ -37,6 +38,8 @@ export class Image {
   /** How `readNow` asks: 'nowait' as long as the filesystem can tell what is cached, 'plain' in memory, else never. */
   #inline: 'nowait' | 'plain' | 'never' = 'nowait';
   #punches = true;
+  /** Zeroes a range as a hole, or without one, without writing it: not known to be impossible. */
+  #zeroesFast = { hole: true, space: true };
 
   private constructor(
     readonly path: string,
@@ -47,6 +50,7 @@ export class Image {
     readonly readOnly: boolean,
   ) {
     if (!blockDevice && MEMORY_FILESYSTEMS.has(statfsSync(path).type)) this.#inline = 'plain';
+    if (blockDevice && !deviceZeroes(fd)) this.#zeroesFast = { hole: false, space: false };
   }
 
   /** Opens and locks an image. Throws 'image-missing', 'image-in-use', 'image-io'. */
@@ -170,6 +174,20 @@ export class Image {
     return native.zeroRange(this.fd, offset, length, keepHole);
   }
 
+  /** Whether `zeroFast` is worth a try. */
+  mayZeroFast(keepHole: boolean): boolean {
+    return keepHole ? this.#zeroesFast.hole : this.#zeroesFast.space;
+  }
+
+  /** As `zero`, but false, and nothing has changed, where that would take as long as writing zeros. */
+  async zeroFast(offset: number, length: number, keepHole: boolean): Promise<number | false> {
+    const done = await native.zeroFast(this.fd, offset, length, keepHole);
+    if (done !== -EOPNOTSUPP) return done;
+    if (keepHole) this.#zeroesFast.hole = false;
+    else this.#zeroesFast.space = false;
+    return false;
+  }
+
   /** Gives a range's space back; it then reads as zeros. False where the image cannot (nothing was done), else 0 or -errno. */
   async punch(offset: number, length: number): Promise<number | false> {
     if (!this.#punches) return false;
@@ -179,11 +197,17 @@ export class Image {
     return false;
   }
 
+  /** How many bytes from `offset` on, up to `end`, are a hole, and so read as zeros. */
+  holeFrom(offset: number, end: number): number {
+    if (this.blockDevice) return 0; // a device always says that all is data
+    const data = native.seekData(this.fd, offset);
+    if (data === -ENXIO) return end - offset;
+    return data < 0 ? 0 : Math.min(data, end) - offset;
+  }
+
   /** Whether [offset, end) holds no data at all, and so reads as zeros. */
   isHole(offset: number, end: number): boolean {
-    if (this.blockDevice) return false; // a device always says that all is data
-    const data = native.seekData(this.fd, offset);
-    return data === -ENXIO || data >= end;
+    return this.holeFrom(offset, end) === end - offset;
   }
 
   /** End of the stretch of data (or hole) that `offset` lies in, at most `end`. */
@@ -206,4 +230,21 @@ export class Image {
   close(): void {
     closeSync(this.fd);
   }
+}
+
+/** Whether a block device zeroes by itself; if not, the kernel would write zeros in its place (include/linux/blkdev.h, Documentation/ABI). */
+function deviceZeroes(fd: number): boolean {
+  const { rdev } = fstatSync(fd);
+  const major = (rdev >>> 8) & 0xfff;
+  const minor = (rdev & 0xff) | ((rdev >>> 12) & 0xfff00);
+  const folder = `/sys/dev/block/${major}:${minor}`;
+  // A partition has no queue of its own: its disk is the folder above.
+  for (const queue of [`${folder}/queue`, `${folder}/../queue`]) {
+    try {
+      return Number(readFileSync(`${queue}/write_zeroes_max_bytes`, 'utf8')) > 0;
+    } catch {
+      // not there: the next one
+    }
+  }
+  return false;
 }

@@ -59,6 +59,32 @@ export class Parking {
     else if (staying.length < waiting.length) this.#byRegion.set(region, staying);
   }
 
+  /** Whether anybody waits on a block of [first, end). */
+  has(first: number, end: number): boolean {
+    if (this.#size === 0) return false;
+    const from = Math.floor(first / REGION_BLOCKS);
+    const to = Math.floor((end - 1) / REGION_BLOCKS);
+    for (let region = from; region <= to; region++) {
+      for (const { block } of this.#byRegion.get(region) ?? [])
+        if (block >= first && block < end) return true;
+    }
+    return false;
+  }
+
+  /** Takes out those whose session is gone. */
+  takeAbandoned(): Parked[] {
+    const taken: Parked[] = [];
+    for (const [region, waiting] of this.#byRegion) {
+      const staying = waiting.filter((parked) => !parked.request.abandoned);
+      if (staying.length === waiting.length) continue;
+      for (const parked of waiting) if (parked.request.abandoned) taken.push(parked);
+      if (staying.length === 0) this.#byRegion.delete(region);
+      else this.#byRegion.set(region, staying);
+    }
+    this.#size -= taken.length;
+    return taken;
+  }
+
   takeAll(): Parked[] {
     const all = [...this.#byRegion.values()].flat();
     this.#byRegion.clear();

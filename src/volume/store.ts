@@ -12,13 +12,16 @@
  *   write again, then another, never finds the first one on top.
  */
 import { type BlockferryError, errnoOf } from '../errors.js';
+import * as native from '../native/index.js';
 import { CommandFlag, Errno } from '../nbd/constants.js';
 import { type IoRequest, LATER, type StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from './blocks.js';
 import { Committer } from './committer.js';
 import { reportExtents } from './extents.js';
+import { HoleFinder } from './hole-finder.js';
 import { errnoOfSystem, type Image, WOULD_WAIT } from './image.js';
 import { Parking } from './parking.js';
+import { inPieces } from './pieces.js';
 import type { Presence } from './presence.js';
 import { type RangeLock, RangeLocks } from './range-locks.js';
 
@@ -30,6 +33,8 @@ export interface Supplier {
   readThrough(request: IoRequest): void;
   /** Blocks of [first, end) are likely to be wanted. */
   prefetch(first: number, end: number): void;
+  /** A session is over: what waits for the source, and is wanted by nobody else, need not come. */
+  dropAbandoned(): void;
 }
 
 /** Whether the guest may write: yes; no, with this errno; or after `ask`, when the request is tried again. */
@@ -59,6 +64,7 @@ export class BlockStore {
   #idle: (() => void)[] = [];
   #unchanging: (() => void)[] = [];
   readonly #committer: Committer;
+  readonly #holes: HoleFinder;
 
   supplier: Supplier | null = null;
   /** Fetched blocks are kept; otherwise reads of missing blocks pass through. */
@@ -80,6 +86,7 @@ export class BlockStore {
   ) {
     this.blocks = blocksOf(image.size);
     this.#committer = new Committer(image, () => this.presence);
+    this.#holes = new HoleFinder(image);
     this.epoch = epoch;
   }
 
@@ -102,6 +109,14 @@ export class BlockStore {
     const done = this.image.readNow(buffer, at, length, offset);
     if (done === 0) return Errno.OK;
     return done === WOULD_WAIT ? LATER : errnoOfSystem(done);
+  }
+
+  /** See BlockDevice. Nothing while a thread changes the image: the question would wait for it. */
+  zeroesNow(offset: number, length: number): number {
+    if (this.#locks.size > 0) return 0;
+    const { presence } = this;
+    if (presence !== null && !presence.hasAll(blockAt(offset), blocksOf(offset + length))) return 0;
+    return this.#holes.holeFrom(offset, offset + length);
   }
 
   read(request: IoRequest): void {
@@ -131,7 +146,14 @@ export class BlockStore {
 
   // Writes
 
-  writeNow(offset: number, length: number, buffer: Buffer, at: number): number {
+  /** `request`: whose write it is, if it has one. */
+  writeNow(
+    offset: number,
+    length: number,
+    buffer: Buffer,
+    at: number,
+    request: IoRequest | null = null,
+  ): number {
     if (this.#gate.kind !== 'open') return this.#gate.kind === 'refused' ? this.#gate.errno : LATER;
     const first = blockAt(offset);
     const end = blocksOf(offset + length);
@@ -139,17 +161,26 @@ export class BlockStore {
     if (this.presence !== null && this.#missingEdge(offset, length) !== NO_BLOCK) return LATER;
     const done = this.image.write(buffer, at, length, offset);
     if (done !== 0) return errnoOfSystem(done);
+    if (request !== null) request.changed(offset, length); // first: those who waited for these blocks change them at once
     if (this.presence !== null) this.#arrived(first, end);
     return Errno.OK;
   }
 
   write(request: IoRequest): void {
     if (!this.#mayChange(request, request.offset, request.length, this.#retryWrite)) return;
-    const done = this.writeNow(request.offset, request.length, request.buffer, request.at);
+    const done = this.writeNow(request.offset, request.length, request.buffer, request.at, request);
     this.#answerChange(request, done);
   }
 
   zero(request: IoRequest): void {
+    if (
+      (request.flags & CommandFlag.FAST_ZERO) !== 0 &&
+      this.#gate.kind !== 'refused' &&
+      this.#isSlowZero(request)
+    ) {
+      request.complete(Errno.ENOTSUP);
+      return;
+    }
     if (!this.#mayChange(request, request.offset, request.length, this.#retryZero)) return;
     void this.#zeroOnThread(request);
   }
@@ -159,9 +190,44 @@ export class BlockStore {
     const first = blockAt(offset);
     const end = blocksOf(offset + length);
     const lock = this.#locks.lock(first, end);
-    const done = await this.image.zero(offset, length, (flags & CommandFlag.NO_HOLE) === 0);
+    const keepHole = (flags & CommandFlag.NO_HOLE) === 0;
+    let fast = (flags & CommandFlag.FAST_ZERO) !== 0;
+    let slow = false;
+    const done = await this.#inPieces(request, offset, length, async (at, bytes) => {
+      if (!fast) return this.image.zero(at, bytes, keepHole);
+      const result = await this.image.zeroFast(at, bytes, keepHole);
+      fast = false; // the image can: what is left is its own choice
+      slow = result === false;
+      return result === false ? -native.ERRNO.EOPNOTSUPP : result;
+    });
     this.#unlock(lock, done === 0);
-    this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
+    if (slow) request.complete(Errno.ENOTSUP);
+    else this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
+  }
+
+  /** Whether to zero the range is known to take as long as to write it, or to need the source. */
+  #isSlowZero({ offset, length, flags }: IoRequest): boolean {
+    if (!this.image.mayZeroFast((flags & CommandFlag.NO_HOLE) === 0)) return true;
+    return this.presence !== null && this.#missingEdge(offset, length) !== NO_BLOCK;
+  }
+
+  /** A change of the image by a thread, which holds a lock. It stops early when nobody wants it, or nobody may change anything any more. */
+  async #inPieces(
+    request: IoRequest,
+    offset: number,
+    length: number,
+    step: (offset: number, length: number) => Promise<number>,
+  ): Promise<number> {
+    const goesOn = () => !request.abandoned && this.#gate.kind !== 'refused';
+    let changed = 0;
+    const counted = async (at: number, bytes: number) => {
+      const done = await step(at, bytes);
+      if (done === 0) changed += bytes;
+      return done;
+    };
+    const done = await inPieces(offset, length, counted, goesOn, -native.ERRNO.EPERM);
+    if (changed > 0) request.changed(offset, changed);
+    return done;
   }
 
   trim(request: IoRequest): void {
@@ -170,6 +236,7 @@ export class BlockStore {
     const past = request.offset + request.length;
     const end = past === this.image.size ? this.blocks : blockAt(past);
     if (first >= end) {
+      if (this.#gate.kind !== 'refused') request.changed(request.offset, 0);
       request.complete(this.#gate.kind === 'refused' ? this.#gate.errno : Errno.OK);
     } else if (
       this.#mayChange(
@@ -185,9 +252,16 @@ export class BlockStore {
 
   async #trimOnThread(request: IoRequest, first: number, end: number): Promise<void> {
     const lock = this.#locks.lock(first, end);
-    const done = await this.image.punch(first * BLOCK_BYTES, bytesOfBlocks(first, end, this.image.size));
+    const offset = first * BLOCK_BYTES;
+    const bytes = bytesOfBlocks(first, end, this.image.size);
+    const done = await this.#inPieces(request, offset, bytes, async (at, piece) => {
+      const result = await this.image.punch(at, piece);
+      return result === false ? -native.ERRNO.EOPNOTSUPP : result;
+    });
+    const unable = done === -native.ERRNO.EOPNOTSUPP;
+    if (unable) request.changed(offset, 0);
     this.#unlock(lock, done === 0);
-    this.#answerChange(request, done === false || done === 0 ? Errno.OK : errnoOfSystem(done));
+    this.#answerChange(request, done === 0 || unable ? Errno.OK : errnoOfSystem(done));
   }
 
   /** Whether a change may go ahead at this moment; if not, it was answered, or waits and is tried again. */
@@ -376,6 +450,17 @@ export class BlockStore {
       if (retry === this.#retryRead && this.supplier !== null) this.supplier.readThrough(request);
       else request.complete(Errno.ENOSPC);
     }
+  }
+
+  /** Whether a request waits for a block of [first, end). */
+  awaits(first: number, end: number): boolean {
+    return this.#parking.has(first, end);
+  }
+
+  /** A session is over: what it has waiting for blocks is answered now, not when they come. They may not come for a long time. */
+  dropAbandoned(): void {
+    for (const { request } of this.#parking.takeAbandoned()) request.complete(Errno.EIO);
+    this.supplier?.dropAbandoned();
   }
 
   /** Tries what waits for blocks of [first, end) again: what was fetched for them was not kept. */

@@ -32,7 +32,7 @@ export function failure(code: ErrorCode, why: RegExp = /./) {
 
 /** Connects to a server that shakes hands properly and then runs `script`. */
 export function connected(
-  wish: FakeExport & Pick<NbdClientOptions, 'requestTimeoutMs'>,
+  wish: FakeExport & Pick<NbdClientOptions, 'requestTimeoutMs' | 'extendedHeaders'>,
   script: (peer: FakePeer) => Promise<void>,
   scenario: (client: NbdClient) => Promise<void>,
 ): Promise<void> {
@@ -44,6 +44,7 @@ export function connected(
     async (uri) => {
       const client = await NbdClient.connect(uri, {
         ...(wish.contexts ? { contexts: wish.contexts.map(([, name]) => name) } : {}),
+        extendedHeaders: wish.extendedHeaders ?? true,
         ...(wish.requestTimeoutMs === undefined ? {} : { requestTimeoutMs: wish.requestTimeoutMs }),
       });
       try {

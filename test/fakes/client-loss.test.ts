@@ -129,6 +129,25 @@ describe('a server that goes away', () => {
       },
     ));
 
+  it('but so slowly that it amounts to nothing: as silent as without a word', () =>
+    connected(
+      { requestTimeoutMs: 100 },
+      async (peer) => {
+        const { cookie, offset } = await peer.request();
+        for (let at = 0; at < LENGTH; at++) {
+          peer.send(dataChunk(cookie, offset + at, Buffer.of(1)));
+          await delay(20);
+          if (peer.socket.destroyed) return;
+        }
+      },
+      async (client) => {
+        await assert.rejects(
+          client.read(OFFSET, LENGTH, Buffer.alloc(LENGTH)),
+          failure('closed', /did not answer READ .* within 100 ms/),
+        );
+      },
+    ));
+
   it('but forgets one request: it times out in the end, though others are answered', () =>
     connected(
       { requestTimeoutMs: 100 },

@@ -1,17 +1,20 @@
 /**
  * An NBD server that does what a script says, right or wrong: every way a source can misbehave is a few lines.
  *
- * The script gets a `FakePeer` for the first connection and speaks the server's side by hand. It listens on a unix socket in
- * a directory of its own.
+ * The script gets a `FakePeer` for each connection and speaks the server's side by hand. It listens on a unix socket in a
+ * directory of its own, or over TCP.
  */
 
 import { mkdtemp, rm } from 'node:fs/promises';
 import net from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import tls from 'node:tls';
 import {
   ChunkFlag,
   ChunkType,
+  EXTENDED_REPLY_MAGIC,
+  EXTENDED_REQUEST_HEADER_BYTES,
   HandshakeFlag,
   Info,
   NBD_MAGIC,
@@ -24,7 +27,7 @@ import {
   STRUCTURED_REPLY_MAGIC,
   TransmissionFlag,
 } from '../../src/nbd/constants.js';
-import { formatNbdUri } from '../../src/nbd/uri.js';
+import { formatNbdUri, type NbdUri } from '../../src/nbd/uri.js';
 
 export interface FakeRequest {
   readonly flags: number;
@@ -38,6 +41,9 @@ export interface FakeExport {
   readonly size?: bigint;
   readonly flags?: number;
   readonly structured?: boolean;
+  /** Extended headers are agreed on. Default: false. */
+  readonly extended?: boolean;
+  readonly description?: string;
   /** Contexts granted, as [id, name]. */
   readonly contexts?: readonly (readonly [number, string])[];
   readonly blockSize?: readonly [number, number, number];
@@ -81,6 +87,10 @@ export function optionReply(option: number, type: number, payload: Buffer = Buff
 
 export function infoExport(size: bigint, flags: number): Buffer {
   return Buffer.concat([u16(Info.EXPORT), u64(size), u16(flags)]);
+}
+
+export function infoDescription(description: string): Buffer {
+  return Buffer.concat([u16(Info.DESCRIPTION), Buffer.from(description)]);
 }
 
 export function infoBlockSize(minimum: number, preferred: number, maximum: number): Buffer {
@@ -134,11 +144,30 @@ export function errorChunk(cookie: bigint, errno: number, message = '', done = t
   return chunk(cookie, ChunkType.ERROR, Buffer.concat([u32(errno), u16(text.length), text]), { done });
 }
 
+/** A chunk with an extended header; `to` is the request it answers. */
+export function extendedChunk(
+  to: { readonly cookie: bigint; readonly offset: number | bigint },
+  type: number,
+  payload: Buffer,
+  { done = true, length = BigInt(payload.length) } = {},
+): Buffer {
+  const head = [
+    u32(EXTENDED_REPLY_MAGIC),
+    u16(done ? ChunkFlag.DONE : 0),
+    u16(type),
+    u64(to.cookie),
+    u64(to.offset),
+    u64(length),
+  ];
+  return Buffer.concat([...head, payload]);
+}
+
 /** One accepted connection, from the server's side. `read` fails once the client has hung up. */
 export class FakePeer {
   #received: Buffer = Buffer.alloc(0);
   #ended = false;
   #wake: (() => void) | null = null;
+  #extended = false;
   /** The client has hung up. */
   readonly gone: Promise<void>;
 
@@ -181,6 +210,20 @@ export class FakePeer {
     this.socket.destroySoon();
   }
 
+  /** Over TCP: with a reset, and what was not sent yet is lost. */
+  reset(): void {
+    this.socket.resetAndDestroy();
+  }
+
+  /** Answers STARTTLS with ACK and goes on in TLS. */
+  secured(credentials: tls.SecureContextOptions): FakePeer {
+    this.send(optionReply(Option.STARTTLS, OptionReply.ACK));
+    this.socket.removeAllListeners('data');
+    this.socket.removeAllListeners('end');
+    const context = tls.createSecureContext(credentials);
+    return new FakePeer(new tls.TLSSocket(this.socket, { isServer: true, secureContext: context }));
+  }
+
   async readOption(): Promise<{ option: number; data: Buffer }> {
     const header = await this.read(16);
     return { option: header.readUInt32BE(8), data: await this.read(header.readUInt32BE(12)) };
@@ -190,9 +233,18 @@ export class FakePeer {
   async handshake(wish: FakeExport = {}): Promise<void> {
     this.send(greeting());
     await this.read(4);
+    await this.options(wish);
+  }
+
+  /** The handshake from the first option on. */
+  async options(wish: FakeExport = {}): Promise<void> {
     for (;;) {
       const { option } = await this.readOption();
       switch (option) {
+        case Option.EXTENDED_HEADERS:
+          this.#extended = wish.extended ?? false;
+          this.send(optionReply(option, this.#extended ? OptionReply.ACK : OptionReply.ERR_UNSUP));
+          break;
         case Option.STRUCTURED_REPLY:
           this.send(optionReply(option, (wish.structured ?? true) ? OptionReply.ACK : OptionReply.ERR_UNSUP));
           break;
@@ -212,6 +264,8 @@ export class FakePeer {
               infoExport(wish.size ?? 1n << 20n, wish.flags ?? ALL_FLAGS),
             ),
           );
+          if (wish.description !== undefined)
+            this.send(optionReply(option, OptionReply.INFO, infoDescription(wish.description)));
           if (wish.blockSize)
             this.send(optionReply(option, OptionReply.INFO, infoBlockSize(...wish.blockSize)));
           this.send(optionReply(option, OptionReply.ACK));
@@ -224,40 +278,69 @@ export class FakePeer {
 
   /** The next request; a WRITE's payload is left to `read`. */
   async request(): Promise<FakeRequest> {
-    const bytes = await this.read(REQUEST_HEADER_BYTES);
+    const bytes = await this.read(this.#extended ? EXTENDED_REQUEST_HEADER_BYTES : REQUEST_HEADER_BYTES);
     return {
       flags: bytes.readUInt16BE(4),
       command: bytes.readUInt16BE(6),
       cookie: bytes.readBigUInt64BE(8),
       offset: Number(bytes.readBigUInt64BE(16)),
-      length: bytes.readUInt32BE(24),
+      length: this.#extended ? Number(bytes.readBigUInt64BE(24)) : bytes.readUInt32BE(24),
     };
   }
 }
 
 export interface FakeServer {
   readonly uri: string;
+  /** Of its unix socket. */
+  readonly path: string;
+  /** Hangs up on everybody. */
+  cut(): void;
+  /** Nobody is let in any more; those who are in stay. */
+  deaf(): Promise<void>;
+  /** After `deaf`. */
+  listen(): Promise<void>;
   /** Stops it. Rejects with what went wrong in the script, other than the client hanging up. */
   stop(): Promise<void>;
 }
 
-export async function startFakeServer(script: (peer: FakePeer) => Promise<void>): Promise<FakeServer> {
+export async function startFakeServer(
+  script: (peer: FakePeer) => Promise<void>,
+  { over = 'unix', secure }: { over?: 'unix' | 'tcp'; secure?: NbdUri['tls'] } = {},
+): Promise<FakeServer> {
   const directory = await mkdtemp(join(tmpdir(), 'blockferry-fake-'));
   const path = join(directory, 'nbd.sock');
-  const peers: FakePeer[] = [];
+  const peers = new Set<FakePeer>();
   let failure: unknown = null;
   const server = net.createServer((socket) => {
     const peer = new FakePeer(socket);
-    peers.push(peer);
+    peers.add(peer);
+    void peer.gone.then(() => peers.delete(peer));
     script(peer).catch((error: unknown) => {
       if (!(error instanceof Error && error.message === 'the client hung up')) failure = error;
     });
   });
-  await new Promise<void>((resolve) => server.listen(path, resolve));
+  const listen = (): Promise<void> =>
+    new Promise((resolve) => {
+      if (over === 'unix') server.listen(path, resolve);
+      else server.listen(0, '127.0.0.1', resolve);
+    });
+  await listen();
+  const { port } = over === 'tcp' ? (server.address() as net.AddressInfo) : { port: 0 };
+  const cut = (): void => {
+    for (const peer of peers) peer.socket.destroy();
+  };
   return {
-    uri: formatNbdUri({ address: { kind: 'unix', path }, exportName: '' }),
+    uri: formatNbdUri({
+      address: over === 'unix' ? { kind: 'unix', path } : { kind: 'tcp', host: '127.0.0.1', port },
+      exportName: '',
+      ...(secure === undefined ? {} : { tls: secure }),
+    }),
+    path,
+    cut,
+    deaf: async () => void server.close(),
+    listen,
     async stop() {
-      for (const peer of peers) peer.socket.destroy();
+      cut();
       await new Promise((resolve) => server.close(resolve));
       await rm(directory, { recursive: true, force: true });
       if (failure !== null) throw failure;

@@ -19,6 +19,9 @@ export class MemoryDevice implements BlockDevice {
   readonly readOnly: boolean;
   readonly multiConn: boolean;
   readonly preferredBlock = 4096;
+  fastZero = false;
+  /** Tells of zeros before long READs. */
+  findsZeroes = false;
   contexts: readonly string[] = ['base:allocation', 'test:other'];
 
   /** Every request that reached the device, once: by `...Now` unless that said LATER. */
@@ -52,6 +55,12 @@ export class MemoryDevice implements BlockDevice {
     const errno = this.#fail(call);
     if (errno === 0) this.data.copy(buffer, at, offset, offset + length);
     return errno;
+  }
+
+  zeroesNow(offset: number, length: number): number {
+    if (!this.findsZeroes) return 0;
+    const found = this.data.subarray(offset, offset + length).findIndex((byte) => byte !== 0);
+    return found < 0 ? length : found;
   }
 
   writeNow(offset: number, length: number, buffer: Buffer, at: number): number {

@@ -5,7 +5,11 @@ import {
   ChunkFlag,
   ChunkType,
   Command,
+  CommandFlag,
+  EXTENDED_REPLY_MAGIC,
+  EXTENDED_REQUEST_MAGIC,
   REQUEST_MAGIC,
+  type ReplyForm,
   SIMPLE_REPLY_MAGIC,
   STRUCTURED_REPLY_MAGIC,
 } from '../../src/nbd/constants.js';
@@ -15,7 +19,8 @@ export interface RawRequest {
   flags?: number;
   cookie: number;
   offset?: number | bigint;
-  length?: number;
+  /** Of what the request is about, or of its payload. Default: the payload's. */
+  length?: number | bigint;
   payload?: Buffer;
   magic?: number;
 }
@@ -28,8 +33,23 @@ export function encodeRequest(request: RawRequest): Buffer {
   bytes.writeUInt16BE(request.command, 6);
   bytes.writeBigUInt64BE(BigInt(request.cookie), 8);
   bytes.writeBigUInt64BE(BigInt(request.offset ?? 0), 16);
-  bytes.writeUInt32BE(request.length ?? payload.length, 24);
+  bytes.writeUInt32BE(Number(request.length ?? payload.length), 24);
   payload.copy(bytes, 28);
+  return bytes;
+}
+
+/** As `encodeRequest`, with an extended header; a WRITE has the flag PAYLOAD_LEN unless `flags` are exact. */
+export function encodeExtendedRequest(request: RawRequest, exactFlags = false): Buffer {
+  const payload = request.payload ?? Buffer.alloc(0);
+  const implied = request.command === Command.WRITE && !exactFlags ? CommandFlag.PAYLOAD_LEN : 0;
+  const bytes = Buffer.alloc(32 + payload.length);
+  bytes.writeUInt32BE(request.magic ?? EXTENDED_REQUEST_MAGIC, 0);
+  bytes.writeUInt16BE((request.flags ?? 0) | implied, 4);
+  bytes.writeUInt16BE(request.command, 6);
+  bytes.writeBigUInt64BE(BigInt(request.cookie), 8);
+  bytes.writeBigUInt64BE(BigInt(request.offset ?? 0), 16);
+  bytes.writeBigUInt64BE(BigInt(request.length ?? payload.length), 24);
+  payload.copy(bytes, 32);
   return bytes;
 }
 
@@ -45,6 +65,8 @@ export interface Reply {
   status: Map<number, [length: number, status: number][]>;
   /** Types of its chunks, in order. */
   chunks: number[];
+  /** Extended headers: the offset that its chunks repeat. */
+  offset: bigint | null;
 }
 
 /** Takes replies apart, and throws where they break the protocol's grammar. Knows the READs: simple replies need that. */
@@ -57,7 +79,16 @@ export class ReplyParser {
   readonly #reads = new Map<number, { offset: number; length: number }>();
   readonly #open = new Map<number, Reply>();
 
-  constructor(private readonly structured: boolean) {}
+  readonly #form: ReplyForm;
+
+  /** True and false: with and without structured replies. */
+  constructor(form: ReplyForm | boolean) {
+    this.#form = typeof form === 'string' ? form : form ? 'structured' : 'simple';
+  }
+
+  private get structured(): boolean {
+    return this.#form !== 'simple';
+  }
 
   /** Bytes of a reply that is not complete yet. */
   get partial(): number {
@@ -88,6 +119,7 @@ export class ReplyParser {
     if (bytes.length < 16) return null;
     const magic = bytes.readUInt32BE(0);
     const cookie = Number(bytes.readBigUInt64BE(8));
+    if (this.#form === 'extended') return this.#extended(magic, cookie);
     if (magic === SIMPLE_REPLY_MAGIC) return this.#simple(cookie, bytes.readUInt32BE(4));
     if (magic !== STRUCTURED_REPLY_MAGIC) throw new Error(`no reply magic: ${magic.toString(16)}`);
     if (!this.structured) throw new Error('a structured reply that was not negotiated');
@@ -96,7 +128,20 @@ export class ReplyParser {
     const end = 20 + bytes.readUInt32BE(16);
     this.#needed = end;
     if (bytes.length < end) return null;
-    const reply = this.#chunk(cookie, bytes.subarray(20, end));
+    const reply = this.#chunk(cookie, bytes.subarray(20, end), null);
+    this.#bytes = bytes.subarray(end);
+    return reply;
+  }
+
+  #extended(magic: number, cookie: number): Reply | 'more' | null {
+    const bytes = this.#bytes;
+    if (magic !== EXTENDED_REPLY_MAGIC) throw new Error(`no extended reply magic: ${magic.toString(16)}`);
+    this.#needed = 32;
+    if (bytes.length < 32) return null;
+    const end = 32 + Number(bytes.readBigUInt64BE(24));
+    this.#needed = end;
+    if (bytes.length < end) return null;
+    const reply = this.#chunk(cookie, bytes.subarray(32, end), bytes.readBigUInt64BE(16));
     this.#bytes = bytes.subarray(end);
     return reply;
   }
@@ -111,10 +156,10 @@ export class ReplyParser {
       read !== undefined && errno === 0 ? Buffer.from(this.#bytes.subarray(16, 16 + length)) : null;
     this.#bytes = this.#bytes.subarray(16 + length);
     this.#reads.delete(cookie);
-    return { cookie, errno, simple: true, data, message: '', status: new Map(), chunks: [] };
+    return { cookie, errno, simple: true, data, message: '', status: new Map(), chunks: [], offset: null };
   }
 
-  #chunk(cookie: number, payload: Buffer): Reply | 'more' {
+  #chunk(cookie: number, payload: Buffer, echoed: bigint | null): Reply | 'more' {
     const flags = this.#bytes.readUInt16BE(4);
     const type = this.#bytes.readUInt16BE(6);
     const reply: Reply = this.#open.get(cookie) ?? {
@@ -125,17 +170,16 @@ export class ReplyParser {
       message: '',
       status: new Map(),
       chunks: [],
+      offset: echoed,
     };
+    if (reply.offset !== echoed) throw new Error('chunks of one reply repeat different offsets');
     reply.chunks.push(type);
     const read = this.#reads.get(cookie);
-    if (type === ChunkType.OFFSET_DATA) {
+    if (type === ChunkType.OFFSET_DATA || type === ChunkType.OFFSET_HOLE) {
       if (read === undefined) throw new Error('data for no READ');
-      if (payload.length < 9) throw new Error('an OFFSET_DATA chunk without data');
-      const offset = Number(payload.readBigUInt64BE(0));
-      if (offset !== read.offset || payload.length - 8 !== read.length)
-        throw new Error('data of another range');
-      reply.data = Buffer.from(payload.subarray(8));
-    } else if (type === ChunkType.BLOCK_STATUS) this.#extents(reply, payload);
+      content(reply, read, type === ChunkType.OFFSET_HOLE, payload);
+    } else if (type === (this.#form === 'extended' ? ChunkType.BLOCK_STATUS_EXT : ChunkType.BLOCK_STATUS))
+      this.#extents(reply, payload);
     else if (type === ChunkType.ERROR) {
       reply.errno = payload.readUInt32BE(0);
       const length = payload.readUInt16BE(4);
@@ -151,20 +195,46 @@ export class ReplyParser {
     }
     this.#open.delete(cookie);
     this.#reads.delete(cookie);
+    if (read !== undefined && reply.errno === 0 && (reply.data?.length ?? 0) !== read.length)
+      throw new Error('a READ that is not all answered');
     return reply;
   }
 
   #extents(reply: Reply, payload: Buffer): void {
     const id = payload.readUInt32BE(0);
     if (reply.status.has(id)) throw new Error('two BLOCK_STATUS chunks of one context');
-    if (payload.length < 12 || payload.length % 8 !== 4) throw new Error('a malformed BLOCK_STATUS chunk');
+    const wide = this.#form === 'extended';
+    const [head, each] = wide ? [8, 16] : [4, 8];
+    if (payload.length < head + each || (payload.length - head) % each !== 0)
+      throw new Error('a malformed BLOCK_STATUS chunk');
+    const number = (at: number) => (wide ? Number(payload.readBigUInt64BE(at)) : payload.readUInt32BE(at));
     const extents: [number, number][] = [];
-    for (let at = 4; at < payload.length; at += 8) {
-      if (payload.readUInt32BE(at) === 0) throw new Error('an extent of length 0');
-      extents.push([payload.readUInt32BE(at), payload.readUInt32BE(at + 4)]);
+    for (let at = head; at < payload.length; at += each) {
+      if (number(at) === 0) throw new Error('an extent of length 0');
+      extents.push([number(at), number(at + each / 2)]);
     }
+    if (wide && payload.readUInt32BE(4) !== extents.length) throw new Error('a wrong count of extents');
     reply.status.set(id, extents);
   }
+}
+
+/** Content must come in ascending order here, without gaps: as a server does that has no reason to do otherwise. */
+function content(
+  reply: Reply,
+  read: { offset: number; length: number },
+  hole: boolean,
+  payload: Buffer,
+): void {
+  if (hole ? payload.length !== 12 : payload.length < 9) throw new Error('a malformed content chunk');
+  const data = hole ? Buffer.alloc(payload.readUInt32BE(8)) : payload.subarray(8);
+  const had = reply.data ?? Buffer.alloc(0);
+  if (data.length === 0) throw new Error('a hole of length 0');
+  if (
+    Number(payload.readBigUInt64BE(0)) !== read.offset + had.length ||
+    had.length + data.length > read.length
+  )
+    throw new Error('data of another range');
+  reply.data = Buffer.concat([had, data]);
 }
 
 /** A client that sends what it is told and keeps what it gets. */
@@ -178,9 +248,9 @@ export class RawClient {
 
   constructor(
     readonly socket: net.Socket,
-    structured: boolean,
+    private readonly form: ReplyForm | boolean,
   ) {
-    this.#parser = new ReplyParser(structured);
+    this.#parser = new ReplyParser(form);
     this.ended = new Promise((resolve) => {
       socket.once('close', () => resolve());
     });
@@ -206,9 +276,9 @@ export class RawClient {
   /** Bytes of a request whose reply will be understood. */
   encode(request: RawRequest): Buffer {
     if (request.command === Command.READ) {
-      this.#parser.expectRead(request.cookie, Number(request.offset ?? 0), request.length ?? 0);
+      this.#parser.expectRead(request.cookie, Number(request.offset ?? 0), Number(request.length ?? 0));
     }
-    return encodeRequest(request);
+    return this.form === 'extended' ? encodeExtendedRequest(request) : encodeRequest(request);
   }
 
   send(...requests: RawRequest[]): void {

@@ -7,6 +7,7 @@ import type { AddressInfo } from 'node:net';
 import net from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import VatesClient from '@vates/nbd-client';
 import { NbdClient } from '../../src/nbd/client/client.js';
 import { MemoryDevice } from '../fakes/memory-device.js';
 import { type PeerServer, startNbdServer, startPeer } from '../interop/servers.js';
@@ -187,18 +188,7 @@ function* oldWays(): Generator<Buffer> {
 }
 
 async function vates(_uri: string, port: number): Promise<void> {
-  // It has no types.
-  const name = '@vates/nbd-client';
-  const { default: Client } = (await import(name)) as {
-    default: new (
-      to: unknown,
-    ) => {
-      connect(): Promise<void>;
-      readBlock(index: number, size: number): Promise<Buffer>;
-      disconnect(): Promise<void>;
-    };
-  };
-  const client = new Client({ address: '127.0.0.1', port, exportname: 'disk' });
+  const client = new VatesClient({ address: '127.0.0.1', port, exportname: 'disk' });
   await client.connect();
   await Promise.all([client.readBlock(0, 4096), client.readBlock(3, 4096), client.readBlock(0, 16_384)]);
   await client.disconnect();
@@ -280,7 +270,7 @@ async function recordOnce(
   }
   const tape = new Tape();
   const through = join(folder, 'relay.sock');
-  const relay = await startRelay(through, join(peer.directory, 'nbd.sock'), tape.pass);
+  const relay = await startRelay(through, peer.socket, tape.pass);
   try {
     const options = { contexts: CONTEXTS, extendedHeaders };
     const client = await NbdClient.connect(`nbd+unix:///disk?socket=${through}`, options);
@@ -318,7 +308,7 @@ async function recordServers(): Promise<void> {
     const directory = mkdtempSync(join(folder, 'ours-'));
     const { path, listener } = await serveSocket(directory, 'nbd', device, new Faults());
     const uri = `nbd+unix:///disk?socket=${path}`;
-    return { uri, directory, uriOf: () => uri, stop: () => listener.close() };
+    return { uri, directory, socket: path, uriOf: () => uri, stop: () => listener.close() };
   });
 }
 

@@ -15,19 +15,26 @@ const FOLDER = join(ROOT, 'native/build-sanitized');
 export const SANITIZED_ADDON = join(FOLDER, 'build/Release/blockferry.node');
 const BUILD_TIMEOUT_MS = 300_000;
 
+/** What is in native/ but for what is built there. */
+function parts(): string[] {
+  return readdirSync(join(ROOT, 'native')).filter((part) => !part.startsWith('build'));
+}
+
 function isUpToDate(): boolean {
   if (!existsSync(SANITIZED_ADDON)) return false;
   const { mtimeMs } = statSync(SANITIZED_ADDON);
-  const sources = readdirSync(join(ROOT, 'native/src')).map((file) => join(ROOT, 'native/src', file));
-  return [join(ROOT, 'native/binding.gyp'), ...sources].every((file) => statSync(file).mtimeMs <= mtimeMs);
+  const sources = parts().flatMap((part) => {
+    const path = join(ROOT, 'native', part);
+    return statSync(path).isDirectory() ? readdirSync(path).map((file) => join(path, file)) : [path];
+  });
+  return sources.every((file) => statSync(file).mtimeMs <= mtimeMs);
 }
 
 /** Builds it unless that is done. */
 export async function buildSanitized(): Promise<void> {
   if (isUpToDate()) return;
   mkdirSync(FOLDER, { recursive: true });
-  for (const part of ['binding.gyp', 'src'])
-    cpSync(join(ROOT, 'native', part), join(FOLDER, part), { recursive: true });
+  for (const part of parts()) cpSync(join(ROOT, 'native', part), join(FOLDER, part), { recursive: true });
   // Headers that came with Node need not be downloaded.
   const prefix = dirname(dirname(process.execPath));
   const headers = existsSync(join(prefix, 'include/node/node_api.h')) ? { npm_config_nodedir: prefix } : {};

@@ -20,10 +20,8 @@ export class Faults {
 }
 
 export function exportOf(device: BlockDevice): ExportEntry {
-  const { size, readOnly, contexts, multiConn, preferredBlock } = device;
-  const { fastZero } = device as { fastZero?: boolean };
+  const { size, readOnly, contexts, multiConn, preferredBlock, fastZero = false } = device;
   return {
-    ...(fastZero === undefined ? {} : { fastZero }),
     name: 'disk',
     description: 'a disk',
     size,
@@ -31,6 +29,7 @@ export function exportOf(device: BlockDevice): ExportEntry {
     contexts,
     preferredBlock,
     multiConn,
+    fastZero,
     open: () => device,
   };
 }
@@ -47,14 +46,21 @@ export function serveStream(
   faults: Faults,
   tls: TlsAcceptor | null = null,
 ): Connection {
-  return new Connection(stream, {
-    exports: directoryOf(device),
-    startSession,
-    log: faults.log,
-    handshakeTimeoutMs: HANDSHAKE_TIMEOUT_MS,
-    tls,
-    complain: () => {},
-  });
+  return new Connection(
+    stream,
+    { kind: 'unix' },
+    {
+      exports: directoryOf(device),
+      listExports: true,
+      refusal: () => undefined,
+      denied: () => {},
+      startSession,
+      log: faults.log,
+      handshakeTimeoutMs: HANDSHAKE_TIMEOUT_MS,
+      tls,
+      complain: () => {},
+    },
+  );
 }
 
 /** Serves a device at a unix socket in `folder`. */

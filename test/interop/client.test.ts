@@ -10,7 +10,8 @@ import { after, before, describe, it } from 'node:test';
 import { BlockferryError } from '../../src/errors.js';
 import { NbdClient } from '../../src/nbd/client/client.js';
 import { Allocation, BASE_ALLOCATION, TransmissionFlag } from '../../src/nbd/constants.js';
-import { lacking, type PeerServer, startNbdServer, startPeer } from './servers.js';
+import { lacking } from '../lab/programs.js';
+import { type PeerServer, startNbdServer, startPeer } from './servers.js';
 
 const MIB = 1 << 20;
 const IMAGE_BYTES = 32 * MIB;

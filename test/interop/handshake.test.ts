@@ -12,18 +12,10 @@ import { promisify } from 'node:util';
 import { Option } from '../../src/nbd/constants.js';
 import { clientFlags, GREETING_BYTES, option } from '../support/handshake.js';
 import { RawClient, within } from '../support/raw-client.js';
+import { needs, needsLibnbd, PYTHON } from './tools.js';
 
 const run = promisify(execFile);
 const SERVER = fileURLToPath(new URL('../support/listener-main.js', import.meta.url));
-const PYTHON = '/usr/bin/python3';
-
-function needs(tool: string, args: string[] = ['--version']): { skip: string | false } {
-  const found = spawnSync(tool, args, { stdio: 'ignore' });
-  return { skip: found.error === undefined && found.status === 0 ? false : `${tool} is not installed` };
-}
-
-const needsNbdinfo = needs('nbdinfo');
-const needsLibnbd = needs(PYTHON, ['-c', 'import nbd']);
 
 let folder: string;
 let server: ChildProcess;
@@ -68,7 +60,7 @@ async function nbdinfo(...args: string[]): Promise<{ exports: Listed[]; stderr: 
   return { ...JSON.parse(stdout), stderr };
 }
 
-describe('nbdinfo', needsNbdinfo, () => {
+describe('nbdinfo', needs('nbdinfo'), () => {
   for (const index of [0, 1])
     test(`--list over ${['TCP', 'a unix socket'][index]}`, async () => {
       const { exports } = await nbdinfo('--list', '--no-content', uris[index]!);
@@ -114,7 +106,7 @@ describe('nbdinfo', needsNbdinfo, () => {
   });
 });
 
-describe("libnbd's Python", needsLibnbd, () => {
+describe("libnbd's Python", needsLibnbd(), () => {
   async function python(script: string, ...args: string[]): Promise<unknown> {
     const { stdout } = await run(PYTHON, ['-c', `import nbd, sys, json\nh = nbd.NBD()\n${script}`, ...args], {
       timeout: 10_000,
@@ -190,7 +182,7 @@ test('qemu-nbd --list', needs('qemu-nbd'), async () => {
   assert.match(stdout, /qemu:allocation-depth/);
 });
 
-test('nbd-client -l', needs('nbd-client', ['-V']), async () => {
+test('nbd-client -l', needs('nbd-client'), async () => {
   const port = new URL(uris[0]!).port;
   const { stdout } = await run('nbd-client', ['-l', '127.0.0.1', port], { timeout: 10_000 });
   assert.match(stdout, /^disk/m);

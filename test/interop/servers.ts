@@ -3,7 +3,7 @@
  * their process id.
  */
 
-import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
+import { type ChildProcess, spawn } from 'node:child_process';
 import { readFileSync } from 'node:fs';
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import net from 'node:net';
@@ -15,14 +15,10 @@ export interface PeerServer {
   /** The default export. */
   readonly uri: string;
   readonly directory: string;
+  /** Path of its unix socket. */
+  readonly socket: string;
   uriOf(exportName: string): string;
   stop(): Promise<void>;
-}
-
-/** False, or why a test that needs these programs is skipped. */
-export function lacking(...programs: string[]): string | false {
-  const missing = programs.filter((program) => spawnSync('which', [program]).status !== 0);
-  return missing.length > 0 && `not installed: ${missing.join(', ')}`;
 }
 
 /** Starts a server that stays in the foreground; `command` says how, given its directory and socket. */
@@ -43,33 +39,21 @@ export async function startPeer(
   return { ...addressed(path), directory, stop };
 }
 
-/**
- * nbd-server with exports of the given names, all of one image. In the foreground it serves a single client and ends, so there
- * is one for each connection, behind a relay.
- */
-export async function startNbdServer(
-  image: (directory: string) => Promise<string>,
-  names: readonly string[],
-): Promise<PeerServer> {
-  const directory = await mkdtemp(join(tmpdir(), 'blockferry-peer-'));
-  const path = join(directory, 'nbd.sock');
-  const file = await image(directory);
-  const sections = names.map(
-    (name) => `[${name}]\nexportname = ${file}\nflush = true\nfua = true\ntrim = true\n`,
-  );
-  const programs: Program[] = [];
-  const sockets: net.Socket[] = [];
+/** Relays connections to `connect`'s sockets until it is closed. */
+class Relay {
+  readonly #sockets: net.Socket[] = [];
+  readonly server: net.Server;
 
-  const relay = async (client: net.Socket) => {
-    const inner = join(directory, `${programs.length}.sock`);
-    const config = join(directory, `${programs.length}.conf`);
-    const program = new Program(['nbd-server', '-d', '-C', config], false);
-    programs.push(program);
-    await writeFile(config, `[generic]\nunixsock = ${inner}\nallowlist = true\n${sections.join('')}`);
-    program.start();
-    if (!(await program.listensOn(inner))) throw new Error(`nbd-server does not listen: ${program.errors}`);
-    const server = net.connect({ path: inner });
-    sockets.push(client, server);
+  constructor(connect: () => net.Socket | Promise<net.Socket>) {
+    this.server = net.createServer({ allowHalfOpen: true, noDelay: true }, (client) => {
+      this.#join(client, connect).catch((error: unknown) => client.destroy(error as Error));
+    });
+  }
+
+  async #join(client: net.Socket, connect: () => net.Socket | Promise<net.Socket>): Promise<void> {
+    client.on('error', () => {});
+    const server = await connect();
+    this.#sockets.push(client, server);
     for (const [from, to] of [
       [client, server],
       [server, client],
@@ -78,24 +62,65 @@ export async function startNbdServer(
       from.on('error', () => to.destroy());
       from.on('close', () => to.destroySoon());
     }
-  };
-  const listener = net.createServer({ allowHalfOpen: true }, (client) => {
-    relay(client).catch((error: unknown) => client.destroy(error as Error));
-  });
-  await new Promise<void>((resolve) => listener.listen(path, resolve));
-  const stop = async () => {
-    const closed = new Promise((resolve) => listener.close(resolve));
-    for (const socket of sockets) socket.destroy();
-    await Promise.all(programs.map((program) => program.stop()));
+  }
+
+  async listen(where: net.ListenOptions): Promise<void> {
+    await new Promise<void>((resolve) => this.server.listen(where, resolve));
+  }
+
+  async close(): Promise<void> {
+    const closed = new Promise((resolve) => this.server.close(resolve));
+    for (const socket of this.#sockets) socket.destroy();
     await closed;
+  }
+}
+
+/** The server at a unix socket, over TCP on loopback: for those that would want a fixed port. */
+export async function overTcp(socket: string): Promise<{ port: number; close(): Promise<void> }> {
+  const relay = new Relay(() => net.connect({ path: socket, allowHalfOpen: true }));
+  await relay.listen({ host: '127.0.0.1', port: 0 });
+  return { port: (relay.server.address() as net.AddressInfo).port, close: () => relay.close() };
+}
+
+/**
+ * nbd-server with exports of the given names, all of one image, and `generic` lines in its configuration. In the foreground it serves a
+ * single client and ends, so there is one for each connection, behind a relay.
+ */
+export async function startNbdServer(
+  image: (directory: string) => Promise<string>,
+  names: readonly string[],
+  generic = '',
+): Promise<PeerServer> {
+  const directory = await mkdtemp(join(tmpdir(), 'blockferry-peer-'));
+  const path = join(directory, 'nbd.sock');
+  const file = await image(directory);
+  const sections = names.map(
+    (name) => `[${name}]\nexportname = ${file}\nflush = true\nfua = true\ntrim = true\n`,
+  );
+  const programs: Program[] = [];
+  const relay = new Relay(async () => {
+    const inner = join(directory, `${programs.length}.sock`);
+    const config = join(directory, `${programs.length}.conf`);
+    const program = new Program(['nbd-server', '-d', '-C', config], false);
+    programs.push(program);
+    const head = `[generic]\nunixsock = ${inner}\nallowlist = true\n${generic}`;
+    await writeFile(config, head + sections.join(''));
+    program.start();
+    if (!(await program.listensOn(inner))) throw new Error(`nbd-server does not listen: ${program.errors}`);
+    return net.connect({ path: inner });
+  });
+  await relay.listen({ path });
+  const stop = async () => {
+    await relay.close();
+    await Promise.all(programs.map((program) => program.stop()));
     await rm(directory, { recursive: true, force: true });
   };
   return { ...addressed(path), directory, stop };
 }
 
-function addressed(path: string): Pick<PeerServer, 'uri' | 'uriOf'> {
+function addressed(path: string): Pick<PeerServer, 'uri' | 'uriOf' | 'socket'> {
   const uriOf = (exportName: string) => formatNbdUri({ address: { kind: 'unix', path }, exportName });
-  return { uri: uriOf(''), uriOf };
+  return { uri: uriOf(''), uriOf, socket: path };
 }
 
 class Program {

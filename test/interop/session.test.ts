@@ -1,6 +1,6 @@
 // Real clients work on a device in memory through the listener: what they write is what it holds, and what they read.
 import assert from 'node:assert/strict';
-import { execFile, spawnSync } from 'node:child_process';
+import { execFile } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -11,15 +11,10 @@ import { defaultOrNamed, type ExportEntry } from '../../src/nbd/server/exports.j
 import { Listener } from '../../src/nbd/server/listener.js';
 import { startSession } from '../../src/nbd/server/session.js';
 import { type Manner, MemoryDevice } from '../fakes/memory-device.js';
+import { needs, needsLibnbd, PYTHON } from './tools.js';
 
 const run = promisify(execFile);
 const SIZE = 48 << 20;
-const PYTHON = '/usr/bin/python3';
-
-function needs(tool: string, args: string[] = ['--version']): { skip: string | false } {
-  const found = spawnSync(tool, args, { stdio: 'ignore' });
-  return { skip: found.error === undefined && found.status === 0 ? false : `${tool} is not installed` };
-}
 
 let folder: string;
 let listener: Listener;
@@ -109,7 +104,7 @@ for (const index of [0, 1]) {
       );
     });
 
-    test("libnbd's errors", needs(PYTHON, ['-c', 'import nbd']), async () => {
+    test("libnbd's errors", needsLibnbd(), async () => {
       const script = `
 import nbd, sys, errno
 h = nbd.NBD()

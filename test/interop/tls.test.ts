@@ -10,11 +10,13 @@ import { promisify } from 'node:util';
 import { BlockferryError } from '../../src/errors.js';
 import { NbdClient } from '../../src/nbd/client/client.js';
 import { DaemonProcess, LabHost, runBlockferry } from '../lab/hosts.js';
+import { lacking } from '../lab/programs.js';
 import { makePki, type Pki } from '../support/pki.js';
-import { lacking, startPeer } from './servers.js';
+import { overTcp, type PeerServer, startNbdServer, startPeer } from './servers.js';
+import { serveTls, tlsKinds } from './tls-kinds.js';
+import { needsLibnbd, PYTHON } from './tools.js';
 
 const run = promisify(execFile);
-const PYTHON = '/usr/bin/python3';
 const IMAGE_BYTES = 8 << 20;
 
 let folder: string;
@@ -58,91 +60,32 @@ function image(name: string, bytes: Buffer): string {
   return path;
 }
 
-interface Kind {
-  name: 'x509' | 'psk';
-  /** Options of `blockferry serve` and `proxy`. */
-  options(): string[];
-  /** Of a URI: who before the host, and parameters. */
-  user: string;
-  parameters(): string;
-  /** QEMU's object, with the id `t`. */
-  qemu(endpoint: 'client' | 'server'): string;
-  nbdkit(): string[];
-}
-
-const KINDS: Kind[] = [
-  {
-    name: 'x509',
-    options: () => ['--tls-certificates', pki.good, '--tls-verify-peer'],
-    user: '',
-    parameters: () => `tls-certificates=${pki.good}`,
-    qemu: (endpoint) => `tls-creds-x509,id=t,endpoint=${endpoint},dir=${pki.good},verify-peer=on`,
-    nbdkit: () => [`--tls-certificates=${pki.good}`, '--tls-verify-peer'],
-  },
-  {
-    name: 'psk',
-    options: () => ['--tls-psk', pki.keys],
-    user: 'alice@',
-    parameters: () => `tls-psk-file=${pki.keys}`,
-    qemu: (endpoint) =>
-      `tls-creds-psk,id=t,endpoint=${endpoint},dir=${pki.keysFolder}${endpoint === 'client' ? ',username=alice' : ''}`,
-    nbdkit: () => [`--tls-psk=${pki.keys}`],
-  },
-];
+const KINDS = tlsKinds(() => pki);
 
 let serial = 0;
-
-/** `blockferry serve` of an image, on a unix socket and on TCP. */
-async function serve(
-  path: string,
-  mode: string,
-  kind: Kind,
-): Promise<{ daemon: DaemonProcess; socket: string }> {
-  const socket = join(folder, `${++serial}.sock`);
-  const where = [
-    '--listen',
-    `unix:${socket}`,
-    '--listen',
-    '127.0.0.1:0',
-    '--state-dir',
-    join(folder, `${serial}.state`),
-  ];
-  const daemon = await DaemonProcess.start([
-    'serve',
-    path,
-    '--name',
-    'disk',
-    ...where,
-    '--tls',
-    mode,
-    ...kind.options(),
-  ]);
-  return { daemon, socket };
-}
 
 for (const kind of KINDS) {
   describe(`their clients, our server, ${kind.name}`, { skip: lacking('setpriv', 'openssl') }, () => {
     let daemon: DaemonProcess;
     let path: string;
     let socket: string;
-    let uris: string[];
+    let port: string;
+    let uris: readonly [string, string];
     before(async () => {
       path = image(`serve-${kind.name}`, content);
-      ({ daemon, socket } = await serve(path, 'required', kind));
-      const port = daemon.uris.find((uri) => uri.startsWith('nbds://'))!.match(/:(\d+)\//)![1];
-      uris = [
-        `nbds+unix://${kind.user}/disk?socket=${socket}&${kind.parameters()}`,
-        `nbds://${kind.user}localhost:${port}/disk?${kind.parameters()}`,
-      ];
+      ({ daemon, socket, port, uris } = await serveTls(folder, path, 'required', kind));
     });
     after(() => daemon?.stop());
 
-    const qemuOptions = () => [
-      '--object',
-      kind.qemu('client'),
-      '--image-opts',
-      `driver=nbd,export=disk,server.type=unix,server.path=${socket},tls-creds=t${kind.name === 'x509' ? ',tls-hostname=localhost' : ''}`,
-    ];
+    const qemuOptions = (over: number) => {
+      const where = [
+        `server.type=unix,server.path=${socket}`,
+        `server.type=inet,server.host=localhost,server.port=${port}`,
+      ];
+      const name = kind.name === 'x509' ? ',tls-hostname=localhost' : '';
+      const opts = `driver=nbd,export=disk,${where[over]},tls-creds=t${name}`;
+      return ['--object', kind.qemu('client'), '--image-opts', opts];
+    };
 
     for (const index of [0, 1]) {
       const over = ['a unix socket', 'TCP'][index];
@@ -167,7 +110,7 @@ for (const kind of KINDS) {
       });
     }
 
-    test("libnbd's Python: TLS required, read, write, flush", { skip: lacking(PYTHON) }, async () => {
+    test("libnbd's Python: TLS required, read, write, flush", needsLibnbd(), async () => {
       const script = `
 import nbd, sys
 h = nbd.NBD()
@@ -185,29 +128,26 @@ print('fine')`;
       assert.equal(await works(PYTHON, '-c', script, uris[0]!), 'fine\n');
     });
 
-    test('qemu-img compares, qemu-io writes and reads', {
-      skip: lacking('qemu-img', 'qemu-io'),
-    }, async () => {
-      const plain = image(`plain-${kind.name}`, content);
-      const opts = qemuOptions();
-      const other = `driver=raw,file.driver=file,file.filename=${plain}`;
-      assert.match(await works('qemu-img', 'compare', ...opts, other), /identical/);
-      const commands = [
-        'w -P 7 0 1M',
-        'w -z 1M 64k',
-        'discard 2M 1M',
-        'flush',
-        'r -P 7 0 1M',
-        'r -P 0 1M 64k',
-      ];
-      const out = await works(
-        'qemu-io',
-        ...opts.slice(0, 3),
-        ...commands.flatMap((c) => ['-c', c]),
-        opts[3]!,
-      );
-      assert.doesNotMatch(out, /fail|error/i);
-    });
+    for (const index of [0, 1])
+      test(`qemu-img compares, qemu-io writes and reads, over ${['a unix socket', 'TCP'][index]}`, {
+        skip: lacking('qemu-img', 'qemu-io'),
+      }, async () => {
+        const plain = image(`plain-${kind.name}`, readFileSync(path));
+        const opts = qemuOptions(index);
+        const other = `driver=raw,file.driver=file,file.filename=${plain}`;
+        assert.match(await works('qemu-img', 'compare', ...opts, other), /identical/);
+        const commands = [
+          'w -P 7 0 1M',
+          'w -z 1M 64k',
+          'discard 2M 1M',
+          'flush',
+          'r -P 7 0 1M',
+          'r -P 0 1M 64k',
+        ];
+        const all = commands.flatMap((command) => ['-c', command]);
+        const out = await works('qemu-io', ...opts.slice(0, 3), ...all, opts[3]!);
+        assert.doesNotMatch(out, /fail|error/i);
+      });
 
     test('without TLS nobody gets in', { skip: lacking('nbdinfo') }, async () => {
       const { failed, stderr } = await tool('nbdinfo', `nbd+unix:///disk?socket=${socket}`);
@@ -237,57 +177,57 @@ print('fine')`;
   describe(`our client and proxy, their servers, ${kind.name}`, {
     skip: lacking('setpriv', 'openssl'),
   }, () => {
-    const servers: [name: string, program: string, command: (file: string, socket: string) => string[]][] = [
-      [
-        'nbdkit --tls=on',
+    const nbdkit = (mode: string) => (file: string) =>
+      startPeer((_, socket) => [
         'nbdkit',
-        (file, socket) => ['nbdkit', '-f', '-U', socket, '--tls=on', ...kind.nbdkit(), 'file', file],
-      ],
-      [
-        'nbdkit --tls=require',
-        'nbdkit',
-        (file, socket) => ['nbdkit', '-f', '-U', socket, '--tls=require', ...kind.nbdkit(), 'file', file],
-      ],
+        '-f',
+        '-U',
+        socket,
+        `--tls=${mode}`,
+        ...kind.nbdkit(),
+        'file',
+        file,
+      ]);
+    const servers: [name: string, program: string, start: (file: string) => Promise<PeerServer>][] = [
+      ['nbdkit --tls=on', 'nbdkit', nbdkit('on')],
+      ['nbdkit --tls=require', 'nbdkit', nbdkit('require')],
       [
         'qemu-nbd --tls-creds',
         'qemu-nbd',
-        (file, socket) => [
-          'qemu-nbd',
-          '-f',
-          'raw',
-          '-k',
-          socket,
-          '-t',
-          '-e',
-          '8',
-          '--object',
-          kind.qemu('server'),
-          '--tls-creds',
-          't',
-          file,
-        ],
+        (file) =>
+          startPeer((_, socket) => [
+            ...['qemu-nbd', '-f', 'raw', '-k', socket, '-t', '-e', '8'],
+            ...['--object', kind.qemu('server'), '--tls-creds', 't', file],
+          ]),
       ],
     ];
-    for (const [name, program, command] of servers) {
-      test(`${name}: client and proxy`, { skip: lacking(program) }, async () => {
-        const file = image(`source-${serial++}`, content);
-        const server = await startPeer((_, socket) => command(file, socket));
+    // nbd-server knows no keys.
+    if (kind.name === 'x509')
+      servers.push([
+        'nbd-server, FORCEDTLS',
+        'nbd-server',
+        (file) => {
+          const files = { cacertfile: 'ca-cert', certfile: 'server-cert', keyfile: 'server-key' };
+          const lines = Object.entries(files).map(([key, name]) => `${key} = ${pki.good}/${name}.pem\n`);
+          return startNbdServer(async () => file, ['disk'], `force_tls = true\n${lines.join('')}`);
+        },
+      ]);
+    for (const [name, program, start] of servers) {
+      test(`${name}: client and proxy, over unix and TCP`, { skip: lacking(program) }, async () => {
+        const server = await start(image(`source-${serial++}`, content));
+        const tcp = await overTcp(server.socket);
         try {
-          const socket = new URL(server.uri).searchParams.get('socket')!;
-          const uri = `nbds+unix://${kind.user}/?socket=${socket}&${kind.parameters()}`;
-          const client = await NbdClient.connect(uri);
-          const into = Buffer.alloc(IMAGE_BYTES);
-          await Promise.all(
-            Array.from({ length: 8 }, (_, i) => client.read(i << 20, 1 << 20, into, i << 20)),
-          );
-          assert.ok(into.equals(content));
-          await client.write(4096, Buffer.alloc(4096, 9), 0, 4096);
-          await client.flush();
-          await client.write(4096, content, 4096, 4096);
-          await client.flush();
-          await client.close();
-          await proxied(uri, kind);
+          const exportName = program === 'nbd-server' ? 'disk' : '';
+          const unix = `nbds+unix://${kind.user}/${exportName}?socket=${server.socket}`;
+          const inet = `nbds://${kind.user}localhost:${tcp.port}/${exportName}`;
+          await readsAndWrites(`${unix}&${kind.parameters()}`);
+          await readsAndWrites(`${inet}?${kind.parameters()}`);
+          await proxied(`${unix}&${kind.parameters()}`);
+          await proxied(inet, kind.options().slice(0, 2));
+          if (name !== 'nbdkit --tls=on')
+            await assert.rejects(NbdClient.connect(server.uriOf(exportName)), { message: /demands TLS/ });
         } finally {
+          await tcp.close();
           await server.stop();
         }
       });
@@ -295,42 +235,37 @@ print('fine')`;
   });
 }
 
-/** A proxy with that source ends with the source's content, by the URI's credentials as well as by the options'. */
-async function proxied(uri: string, kind: Kind): Promise<void> {
-  const bare = uri.replace(/&tls-.*/, '');
-  const options = kind.name === 'x509' ? ['--tls-certificates', pki.good] : ['--tls-psk', pki.keys];
-  for (const [source, more] of [
-    [uri, []],
-    [bare, options],
-  ] as const) {
-    const disk = join(folder, `proxy-${++serial}`);
-    const socket = join(folder, `${serial}.sock`);
-    const state = join(folder, `${serial}.state`);
-    const control = join(folder, `${serial}.c`);
-    const words = [
-      'proxy',
-      source,
-      disk,
-      '--listen',
-      `unix:${socket}`,
-      '--state-dir',
-      state,
-      '--control',
-      control,
-    ];
-    const daemon = await DaemonProcess.start([...words, ...more]);
-    try {
-      const client = await NbdClient.connect(daemon.uris[0]!);
-      const into = Buffer.alloc(1 << 20);
-      await client.read(2 << 20, into.length, into);
-      assert.ok(into.equals(content.subarray(2 << 20, 3 << 20)));
-      await client.close();
-      const watched = await runBlockferry(['watch', '--control', control]);
-      assert.equal(watched.code, 0, watched.stderr);
-      assert.ok(readFileSync(disk).equals(content));
-    } finally {
-      await daemon.stop();
-    }
+async function readsAndWrites(uri: string): Promise<void> {
+  const client = await NbdClient.connect(uri);
+  const into = Buffer.alloc(IMAGE_BYTES);
+  await Promise.all(Array.from({ length: 8 }, (_, i) => client.read(i << 20, 1 << 20, into, i << 20)));
+  assert.ok(into.equals(content));
+  await client.write(4096, Buffer.alloc(4096, 9));
+  await client.flush();
+  assert.ok((await client.read(4096, 4096)).equals(Buffer.alloc(4096, 9)));
+  await client.write(4096, content, 4096, 4096);
+  await client.flush();
+  await client.close();
+}
+
+/** A proxy with that source ends with the source's content. Credentials are in the URI or among the options. */
+async function proxied(source: string, options: readonly string[] = []): Promise<void> {
+  const disk = join(folder, `proxy-${++serial}`);
+  const socket = join(folder, `${serial}.sock`);
+  const control = join(folder, `${serial}.c`);
+  const state = ['--state-dir', join(folder, `${serial}.state`), '--control', control];
+  const daemon = await DaemonProcess.start([
+    ...['proxy', source, disk, '--listen', `unix:${socket}`, ...state, ...options],
+  ]);
+  try {
+    const client = await NbdClient.connect(daemon.uris[0]!);
+    assert.ok((await client.read(2 << 20, 1 << 20)).equals(content.subarray(2 << 20, 3 << 20)));
+    await client.close();
+    const watched = await runBlockferry(['watch', '--control', control]);
+    assert.equal(watched.code, 0, watched.stderr);
+    assert.ok(readFileSync(disk).equals(content));
+  } finally {
+    await daemon.stop();
   }
 }
 
@@ -382,7 +317,7 @@ describe('servers that are not to be trusted', { skip: lacking('setpriv', 'opens
 
 describe('TLS allowed', { skip: lacking('setpriv', 'openssl', 'nbdinfo') }, () => {
   test('both kinds of clients are served', async () => {
-    const { daemon, socket } = await serve(image('allowed', content), 'allowed', KINDS[1]!);
+    const { daemon, socket } = await serveTls(folder, image('allowed', content), 'allowed', KINDS[1]);
     try {
       const with_ = JSON.parse(
         await works('nbdinfo', '--json', `nbds+unix://bob@/?socket=${socket}&tls-psk-file=${pki.keys}`),

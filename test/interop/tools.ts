@@ -1,6 +1,7 @@
 /** Running other people's programs: found or not, started with a deadline, and what they said when they fail. */
 
 import { type ExecFileException, execFile, spawnSync } from 'node:child_process';
+import { lacking, unavailable } from '../lab/programs.js';
 
 /** The system's Python, which has libnbd's module. */
 export const PYTHON = '/usr/bin/python3';
@@ -16,14 +17,13 @@ export interface Ran {
 
 /** `skip` with a reason where one of `programs` is absent. */
 export function needs(...programs: string[]): { skip: string | false } {
-  const missing = programs.filter((program) => spawnSync('which', [program]).status !== 0);
-  return { skip: missing.length > 0 && `not installed: ${missing.join(', ')}` };
+  return { skip: lacking(...programs) };
 }
 
 /** `skip` with a reason where libnbd's Python module is absent. */
 export function needsLibnbd(): { skip: string | false } {
   const found = spawnSync(PYTHON, ['-c', 'import nbd'], { stdio: 'ignore' });
-  return { skip: found.status !== 0 && "libnbd's Python module is not installed" };
+  return { skip: found.status !== 0 && unavailable("libnbd's Python module") };
 }
 
 /** Runs a program to its end, whatever its exit code. It dies with the test. */

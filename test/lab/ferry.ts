@@ -342,6 +342,11 @@ export class Ferry {
     return this.#server!.uri;
   }
 
+  /** Guests that are connected. */
+  get connections(): number {
+    return this.#server!.connections;
+  }
+
   async listen(path: string): Promise<void> {
     this.#server = new Server(path);
     await this.#server.serve(() => this.service.guest);

@@ -34,12 +34,19 @@ const KERNEL_META_PACKAGE = 'linux-image-cloud-amd64';
 const BUSYBOX = ['/bin/busybox', '/usr/bin/busybox'];
 /** In the order of insertion; ext4 is built in. */
 const MODULES = [
-  'virtio/virtio_ring.ko',
-  'virtio/virtio.ko',
-  'virtio/virtio_pci_legacy_dev.ko',
-  'virtio/virtio_pci_modern_dev.ko',
-  'virtio/virtio_pci.ko',
-  'block/virtio_blk.ko',
+  'drivers/virtio/virtio_ring.ko',
+  'drivers/virtio/virtio.ko',
+  'drivers/virtio/virtio_pci_legacy_dev.ko',
+  'drivers/virtio/virtio_pci_modern_dev.ko',
+  'drivers/virtio/virtio_pci.ko',
+  'drivers/block/virtio_blk.ko',
+];
+/** Likewise, for guests that have more than the disk: they are not in the initramfs but beside it. */
+const MORE_MODULES = [
+  'net/core/failover.ko',
+  'drivers/net/net_failover.ko',
+  'drivers/net/virtio_net.ko',
+  'drivers/block/nbd.ko',
 ];
 const DOWNLOAD_TIMEOUT_MS = 120_000;
 /** Guests of earlier kernels and workloads, 17 MB each, go when a new one is built and they are older than this. */
@@ -48,6 +55,8 @@ const CACHE_AGE_MAX_MS = 30 * 24 * 3_600_000;
 export interface Guest {
   kernel: string;
   initrd: string;
+  /** Further modules, for network and nbd, in the order of insertion. */
+  modules: string[];
 }
 
 /** What is missing on this machine to build or boot the guest, in one line; null if nothing is. */
@@ -83,7 +92,7 @@ export async function buildGuest(): Promise<Guest> {
   const busybox = BUSYBOX.find((path) => existsSync(path));
   if (busybox === undefined)
     throw new Error('the test guest needs busybox-static: apt-get install busybox-static');
-  const hash = createHash('sha256').update(`${kernel}\0${MODULES.join()}\0`);
+  const hash = createHash('sha256').update(`${kernel}\0${MODULES.join()}\0${MORE_MODULES.join()}\0`);
   for (const input of [
     join(sources, 'workload.c'),
     join(sources, 'init'),
@@ -93,7 +102,8 @@ export async function buildGuest(): Promise<Guest> {
     hash.update(await readFile(input));
   }
   const folder = join(cacheFolder(), `guest-${hash.digest('hex').slice(0, 16)}`);
-  const guest = { kernel: join(folder, 'vmlinuz'), initrd: join(folder, 'initrd') };
+  const modules = MORE_MODULES.map((module) => join(folder, moduleName(module)));
+  const guest = { kernel: join(folder, 'vmlinuz'), initrd: join(folder, 'initrd'), modules };
   if (existsSync(guest.initrd)) return guest;
 
   await mkdir(cacheFolder(), { recursive: true });
@@ -134,11 +144,10 @@ async function buildInto(work: string, ready: string, kernel: string, busybox: s
   await copyFile(join(sources, 'init'), join(root, 'init'));
   await chmod(join(root, 'init'), 0o755);
   const version = (await readdir(join(work, 'package/lib/modules')))[0]!;
-  for (const module of MODULES) {
-    const from = join(work, 'package/lib/modules', version, 'kernel/drivers', module);
-    if (existsSync(from)) await copyFile(from, join(root, 'modules', moduleName(module)));
-    else await unpackModule(from, join(root, 'modules', moduleName(module)));
-  }
+  const tree = join(work, 'package/lib/modules', version, 'kernel');
+  for (const module of MODULES)
+    await copyModule(join(tree, module), join(root, 'modules', moduleName(module)));
+  for (const module of MORE_MODULES) await copyModule(join(tree, module), join(ready, moduleName(module)));
   await writeFile(join(root, 'modules/order'), `${MODULES.map(moduleName).join('\n')}\n`);
   const workload = join(sources, 'workload.c');
   await run('gcc', ['-static', '-O2', '-Wall', '-o', join(root, 'workload'), workload, '-lpthread']);
@@ -150,7 +159,8 @@ async function buildInto(work: string, ready: string, kernel: string, busybox: s
 }
 
 /** Newer kernels come with compressed modules. */
-async function unpackModule(from: string, to: string): Promise<void> {
+async function copyModule(from: string, to: string): Promise<void> {
+  if (existsSync(from)) return copyFile(from, to);
   await run('sh', ['-c', 'xz -dc "$1.xz" > "$2"', 'sh', from, to]).catch((error: Error) => {
     throw new Error(`the kernel package has no ${from}: ${error.message}`);
   });

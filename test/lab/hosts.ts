@@ -125,10 +125,12 @@ export interface LabHostOptions {
   /** Folder of the test; the host gets one of its own in it. */
   folder: string;
   name: string;
-  volumes?: { name: string; image: string }[];
+  volumes?: { name: string; image: string; access?: string[]; connections?: number }[];
   vms?: MachineDefinition[];
   /** The configuration's `tls`. */
   tls?: Readonly<Record<string, unknown>>;
+  /** More of the configuration. */
+  more?: Readonly<Record<string, unknown>>;
 }
 
 export class LabHost {
@@ -140,7 +142,14 @@ export class LabHost {
     readonly client: ControlClient,
   ) {}
 
-  static async start({ folder, name, volumes = [], vms = [], tls }: LabHostOptions): Promise<LabHost> {
+  static async start({
+    folder,
+    name,
+    volumes = [],
+    vms = [],
+    tls,
+    more = {},
+  }: LabHostOptions): Promise<LabHost> {
     const home = join(folder, name);
     mkdirSync(home, { recursive: true });
     const control = join(home, 'c.sock');
@@ -154,7 +163,7 @@ export class LabHost {
       ...(tls === undefined ? {} : { tls }),
     };
     // The test's end is the machines' end too: no guest is given time to power off.
-    writeFileSync(config, stringify({ ...settings, stopTimeoutSeconds: 0, volumes, vms }));
+    writeFileSync(config, stringify({ ...settings, ...more, stopTimeoutSeconds: 0, volumes, vms }));
     const daemon = await DaemonProcess.start(['host', '--config', config]);
     return new LabHost(name, home, daemon, control, new ControlClient(control));
   }

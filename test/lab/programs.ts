@@ -7,10 +7,19 @@ import { isAlive } from '../../src/host/control/socket.js';
 const START_TIMEOUT_MS = 10_000;
 const POLL_MS = 5;
 
-/** A reason to skip a test that needs these programs, or false. */
+/** Set where everything was installed before (bin/check): what is missing then is a failure, not a reason to skip. */
+export const ALL_INSTALLED = process.env.BLOCKFERRY_ALL_INSTALLED === '1';
+
+/** A reason to skip what needs these programs, or false. Throws when they should be there. */
 export function lacking(...programs: string[]): string | false {
   const missing = programs.filter((program) => spawnSync('which', [program]).status !== 0);
-  return missing.length === 0 ? false : `needs ${missing.join(', ')}`;
+  return missing.length > 0 && unavailable(missing.join(', '));
+}
+
+/** The reason to skip what needs `what`, which is not there. Throws when it should be. */
+export function unavailable(what: string): string {
+  if (ALL_INSTALLED) throw new Error(`${what}: not installed, though the set-up is over`);
+  return `not installed: ${what}`;
 }
 
 /** Starts a server and waits until its socket takes connections: the file is there a moment earlier. */

@@ -10,8 +10,8 @@ import { BlockferryError, messageOf } from '../../src/errors.js';
 import { type OpenVolumeOptions, openVolumeService } from '../../src/host/open.js';
 import type { RetreatProof, VolumeService } from '../../src/host/service.js';
 import { parseListenAddress } from '../../src/nbd/address.js';
-import { Listener } from '../../src/nbd/server/listener.js';
-import { startSession } from '../../src/nbd/server/session.js';
+import { Listener, type ListenerParameters } from '../../src/nbd/server/listener.js';
+import { type Session, startSession } from '../../src/nbd/server/session.js';
 import { LiveMap, type LiveTag } from '../../src/volume/live-map.js';
 
 export interface OpenCommand {
@@ -19,11 +19,27 @@ export interface OpenCommand {
   volume: Omit<OpenVolumeOptions, 'log'>;
   /** Unix socket of the guest's export. */
   socket: string;
+  /** It is served over TCP as well, at a port of 127.0.0.1. */
+  tcp?: boolean;
+  /** Where this is not as a daemon has it. */
+  listener?: Pick<
+    ListenerParameters,
+    'connectionsMax' | 'handshakeTimeoutMs' | 'sessionDrainTimeoutMs' | 'tls'
+  >;
+}
+
+/** What its clients cost it. */
+export interface Load {
+  /** In the transmission phase. */
+  connections: number;
+  /** Requests the volume has, and memory bound in them and in answers that were not taken, bytes. */
+  requests: number;
+  bytes: number;
 }
 
 export type ChildCommand =
   | OpenCommand
-  | { do: 'status' | 'settle' | 'retreat' | 'cancel' | 'close' | 'handedOff' }
+  | { do: 'status' | 'uris' | 'load' | 'settle' | 'retreat' | 'cancel' | 'close' | 'handedOff' }
   | { do: 'takeover' | 'seal'; generation: number }
   | { do: 'unseal'; proof: RetreatProof }
   | { do: 'retire'; deleteImage: boolean }
@@ -61,8 +77,20 @@ if (process.env.CRASH_ROOT !== undefined) {
 const log = pino({ level: process.env.BLOCKFERRY_LOG ?? 'silent' }, pino.destination(2));
 let service: VolumeService | undefined;
 let listener: Listener | undefined;
+const sessions = new Set<Session>();
 
-async function open({ volume, socket }: OpenCommand): Promise<string> {
+function load(): Load {
+  const all = [...sessions];
+  const sum = (of: (session: Session) => number): number =>
+    all.reduce((total, session) => total + of(session), 0);
+  return {
+    connections: all.length,
+    requests: sum(({ inFlight }) => inFlight),
+    bytes: sum(({ inFlightBytes }) => inFlightBytes),
+  };
+}
+
+async function open({ volume, socket, tcp = false, listener: settings = {} }: OpenCommand): Promise<string> {
   const opened = await openVolumeService({ ...volume, log });
   service = opened;
   const { guest } = opened;
@@ -77,10 +105,20 @@ async function open({ volume, socket }: OpenCommand): Promise<string> {
     open: () => guest,
   };
   listener = await Listener.open({
-    addresses: [parseListenAddress(`unix:${socket}`)],
-    exports: { list: () => [entry], find: () => entry, shuttingDown: false },
-    startSession,
+    addresses: [`unix:${socket}`, ...(tcp ? ['127.0.0.1:0'] : [])].map(parseListenAddress),
+    exports: {
+      list: () => [entry],
+      find: (name) => (name === '' || name === entry.name ? entry : undefined),
+      shuttingDown: false,
+    },
+    startSession: (socket, parameters) => {
+      const session = startSession(socket, parameters);
+      sessions.add(session);
+      void session.closed.then(() => sessions.delete(session));
+      return session;
+    },
     log,
+    ...settings,
   });
   return listener.addresses(opened.name)[0]!;
 }
@@ -99,6 +137,10 @@ async function obey(command: ChildCommand): Promise<unknown> {
   if (command.do === 'arm') return arm(command.step);
   if (service === undefined) throw new BlockferryError('usage', 'no volume is open');
   switch (command.do) {
+    case 'uris':
+      return listener?.addresses(service.name);
+    case 'load':
+      return load();
     case 'status':
       return service.status();
     case 'settle':

@@ -3,10 +3,24 @@ import { Duplex } from 'node:stream';
 import { describe, it } from 'node:test';
 import fc from 'fast-check';
 import pino from 'pino';
-import { Command, CommandFlag, Errno, REQUEST_MAGIC } from '../../src/nbd/constants.js';
+import {
+  Command,
+  CommandFlag,
+  Errno,
+  EXTENDED_REQUEST_MAGIC,
+  PAYLOAD_BYTES_MAX,
+  REQUEST_MAGIC,
+  type ReplyForm,
+} from '../../src/nbd/constants.js';
 import { type Session, startSession } from '../../src/nbd/server/session.js';
 import { type Manner, MemoryDevice } from '../fakes/memory-device.js';
-import { encodeRequest, type RawRequest, type Reply, ReplyParser } from '../fakes/raw-client.js';
+import {
+  encodeExtendedRequest,
+  encodeRequest,
+  type RawRequest,
+  type Reply,
+  ReplyParser,
+} from '../fakes/raw-client.js';
 
 const SIZE = 64 << 10;
 const { READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS } = Command;
@@ -53,14 +67,16 @@ interface Rig {
   session: Session;
 }
 
-function rig(structured: boolean, slow: boolean, manners: readonly Manner[]): Rig {
+function rig(form: ReplyForm, slow: boolean, manners: readonly Manner[]): Rig {
   const device = new MemoryDevice(SIZE);
   let turn = 0;
   device.manner = () => manners[turn++ % manners.length]!;
-  const wire = new Wire(new ReplyParser(structured), slow);
+  const structured = form !== 'simple';
+  const wire = new Wire(new ReplyParser(form), slow);
   const session = startSession(wire, {
     device,
     structured,
+    extended: form === 'extended',
     contexts: structured ? [{ id: 1, name: 'base:allocation' }] : [],
     rest: Buffer.alloc(0),
     log: pino({ level: 'silent' }),
@@ -93,6 +109,9 @@ async function end({ wire, session, device }: Rig): Promise<void> {
   assert.equal(wire.failure, null);
   assert.equal(device.released, 1);
 }
+
+const forms = fc.constantFrom<ReplyForm>('simple', 'structured', 'extended');
+const encode = (form: ReplyForm) => (form === 'extended' ? encodeExtendedRequest : encodeRequest);
 
 const manners = fc.array(fc.constantFrom<Manner>('now', 'sync', 'turn'), { minLength: 1, maxLength: 7 });
 const cuts = fc.array(fc.nat(100_000), { maxLength: 12 });
@@ -145,11 +164,11 @@ describe('session: properties', () => {
     await fc.assert(
       fc.asyncProperty(
         fc.array(fc.tuple(fc.array(operation, { maxLength: 30 }), cuts), { maxLength: 6 }),
-        fc.boolean(),
+        forms,
         fc.boolean(),
         manners,
-        async (batches, structured, slow, delays) => {
-          const made = rig(structured, slow, delays);
+        async (batches, form, slow, delays) => {
+          const made = rig(form, slow, delays);
           const { wire, device } = made;
           const model = Buffer.alloc(SIZE);
           let cookie = 0;
@@ -161,8 +180,8 @@ describe('session: properties', () => {
               const request: RawRequest = { ...op, cookie: ++cookie };
               if (op.command === READ) wire.parser.expectRead(cookie, op.offset, op.length);
               if (op.command === WRITE) request.payload = fillOf(op);
-              answers.set(cookie, expected(model, op, structured));
-              return encodeRequest(request);
+              answers.set(cookie, expected(model, op, form !== 'simple'));
+              return encode(form)(request);
             });
             await sendCut(wire, Buffer.concat(requests), at);
             await until(() => wire.replies.length >= batch.length || wire.failure !== null);
@@ -190,20 +209,20 @@ describe('session: properties', () => {
         fc.array(operation, { maxLength: 20 }),
         fc.array(fc.tuple(fc.nat(100_000), fc.nat(255)), { maxLength: 4 }),
         fc.uint8Array({ maxLength: 200 }),
-        fc.tuple(cuts, fc.boolean(), fc.boolean()),
+        fc.tuple(cuts, forms, fc.boolean()),
         manners,
-        async (operations, mutations, tail, [at, structured, slow], delays) => {
+        async (operations, mutations, tail, [at, form, slow], delays) => {
           const requests = operations.map((op, i) => {
             const request: RawRequest = { ...op, cookie: i + 1 };
             if (op.command === WRITE) request.payload = fillOf(op);
-            return encodeRequest(request);
+            return encode(form)(request);
           });
           const bytes = Buffer.concat([...requests, tail]);
           for (const [position, value] of mutations)
             if (bytes.length > 0) bytes[position % bytes.length] = value;
-          const made = rig(structured, slow, delays);
+          const made = rig(form, slow, delays);
           const { wire } = made;
-          const seen = walk(bytes, wire.parser);
+          const seen = walk(bytes, wire.parser, form === 'extended');
           fc.pre(seen.unique);
           await sendCut(wire, bytes, at);
           if (!seen.broken) {
@@ -221,23 +240,29 @@ describe('session: properties', () => {
 });
 
 /** Reads the stream as a server should: how many requests are whole, and whether something that is none ends it. */
-function walk(bytes: Buffer, parser: ReplyParser): { complete: number; broken: boolean; unique: boolean } {
+function walk(
+  bytes: Buffer,
+  parser: ReplyParser,
+  extended: boolean,
+): { complete: number; broken: boolean; unique: boolean } {
   const cookies = new Set<number>();
   let complete = 0;
+  const ended = (broken: boolean) => ({ complete, broken, unique: cookies.size === complete });
+  const headerBytes = extended ? 32 : 28;
   for (let at = 0; ; ) {
-    if (bytes.length - at < 28) return { complete, broken: false, unique: cookies.size === complete };
-    if (bytes.readUInt32BE(at) !== REQUEST_MAGIC) {
-      return { complete, broken: true, unique: cookies.size === complete };
-    }
+    if (bytes.length - at < headerBytes) return ended(false);
+    if (bytes.readUInt32BE(at) !== (extended ? EXTENDED_REQUEST_MAGIC : REQUEST_MAGIC)) return ended(true);
+    const flags = bytes.readUInt16BE(at + 4);
     const command = bytes.readUInt16BE(at + 6);
     const cookie = Number(bytes.readBigUInt64BE(at + 8));
-    const length = bytes.readUInt32BE(at + 24);
-    if (command === DISC) return { complete, broken: false, unique: cookies.size === complete };
-    at += 28 + (command === WRITE ? length : 0);
-    if (at > bytes.length) return { complete, broken: false, unique: cookies.size === complete };
-    if (command === READ) {
-      parser.expectRead(cookie, Number(bytes.readBigUInt64BE(at - 28 + 16)), length);
-    }
+    const offset = Number(bytes.readBigUInt64BE(at + 16));
+    const length = extended ? Number(bytes.readBigUInt64BE(at + 24)) : bytes.readUInt32BE(at + 24);
+    if (command === DISC) return ended(false);
+    const carries = command === WRITE || (extended && (flags & CommandFlag.PAYLOAD_LEN) !== 0);
+    if (extended && carries && length > PAYLOAD_BYTES_MAX) return ended(true);
+    at += headerBytes + (carries ? length : 0);
+    if (at > bytes.length) return ended(false);
+    if (command === READ) parser.expectRead(cookie, offset, length);
     cookies.add(cookie);
     complete++;
   }

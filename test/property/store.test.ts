@@ -1,6 +1,7 @@
 /**
  * A relocating volume under any mixture of guest requests, fetches that arrive late, twice or for a takeover long retreated from,
- * threads that take their time, takeovers, retreats, kills: every read returns what a disk may return, and in the end all is here.
+ * threads that take their time, takeovers, retreats, kills: every read returns what a disk may return, and in the end all is here. And
+ * the changes in the order in which the store tells of them, as a transaction log has them, make of the source what the image is.
  */
 import assert from 'node:assert/strict';
 import { existsSync, readFileSync, writeFileSync } from 'node:fs';
@@ -58,6 +59,9 @@ class World implements Supplier {
   #holds = false;
   /** Between a retreat's begin and the next takeover's end the content is one change of the whole disk. */
   #moving: ReturnType<DiskModel['begin']> | null;
+  /** What the disk was at the last takeover, and what changed since, in order; without content: to zeros. */
+  #base: Buffer | null = null;
+  #changes: { offset: number; length: number; content: Buffer | null }[] = [];
 
   constructor(
     readonly root: string,
@@ -92,6 +96,8 @@ class World implements Supplier {
   prefetch(first: number, end: number): void {
     this.#fetch(first, end);
   }
+
+  dropAbandoned(): void {}
 
   readThrough(request: Io): void {
     this.#through.push(request);
@@ -187,9 +193,14 @@ class World implements Supplier {
     const request = new Io(...range, fua ? 1 : 0, patterned(range[1], seed));
     if (!fua) {
       const change = this.#model.begin(request.offset, request.length, request.payload);
+      const tried = { offset: request.offset, length: request.length, content: request.payload };
+      this.#changes.push(tried);
       const done = this.#guest.writeNow(request.offset, request.length, request.buffer, request.at);
       if (done === Errno.OK) this.#model.done(change);
-      else this.#model.refused(change);
+      else {
+        this.#model.refused(change);
+        assert.equal(this.#changes.pop(), tried, 'nothing happens in a write that does not');
+      }
       assert.ok([Errno.OK, Errno.EPERM, LATER].includes(done));
       if (done !== LATER) return;
     }
@@ -199,6 +210,11 @@ class World implements Supplier {
   #change(request: Io, kind: 'write' | 'zero' | 'trim', optional: boolean): void {
     const { offset, length } = request;
     const change = this.#model.begin(offset, length, kind === 'write' ? request.payload : null, optional);
+    const changed = request.changed.bind(request);
+    request.changed = (from, bytes) => {
+      changed(from, bytes);
+      this.#changes.push({ offset: from, length: bytes, content: kind === 'write' ? request.payload : null });
+    };
     this.#track(
       request,
       () => this.#guest[kind](request),
@@ -247,6 +263,8 @@ class World implements Supplier {
     await this.volume.takeover();
     this.#model.done(this.#moving!);
     this.#moving = null;
+    this.#base = Buffer.from(this.#content);
+    this.#changes = [];
     // What was read ahead of the takeover is answered with what the source held by then.
     for (const request of this.#through.splice(0)) {
       this.#content.copy(request.buffer, request.at, request.offset, request.offset + request.length);
@@ -278,6 +296,15 @@ class World implements Supplier {
     await again.close();
   }
 
+  #played(): Buffer {
+    const disk = this.#base!;
+    for (const { offset, length, content } of this.#changes) {
+      if (content === null) disk.fill(0, offset, offset + length);
+      else content.copy(disk, offset);
+    }
+    return disk;
+  }
+
   /** Everything that is under way comes to its end, the last block arrives, and the volume is handed off. */
   async finish(): Promise<void> {
     this.#holds = false;
@@ -294,7 +321,9 @@ class World implements Supplier {
     this.#deliver(this.#fetches.length - 1, false);
     assert.equal(await this.volume.handOff(), true);
     const start = this.#model.now();
-    this.#model.check(start, 0, readFileSync(this.volume.store.image.path), 'in the end');
+    const image = readFileSync(this.volume.store.image.path);
+    this.#model.check(start, 0, image, 'in the end');
+    assert.ok(this.#played().equals(image), 'the changes in order make the image');
     await this.volume.close();
   }
 }

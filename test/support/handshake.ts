@@ -161,10 +161,10 @@ export class Conversation {
   readonly handshake: Handshake;
   #sent: Buffer[] = [];
 
-  constructor(exports: ExportDirectory, tls: Pick<HandshakeParameters, 'tls' | 'behindTls'> = {}) {
+  constructor(exports: ExportDirectory, more: Partial<HandshakeParameters> = {}) {
     this.handshake = new Handshake({
       exports,
-      ...tls,
+      ...more,
       send: (bytes) => this.#sent.push(bytes),
       openFailed: (_entry, error) => this.failures.push(error),
     });
@@ -172,8 +172,13 @@ export class Conversation {
   }
 
   /** Past greeting and client flags. */
-  static begun(exports: ExportDirectory, flags?: number, tls?: TlsMode): Conversation {
-    const conversation = new Conversation(exports, tls === undefined ? {} : { tls });
+  static begun(
+    exports: ExportDirectory,
+    flags?: number,
+    tls: TlsMode = 'off',
+    more: Partial<HandshakeParameters> = {},
+  ): Conversation {
+    const conversation = new Conversation(exports, { tls, ...more });
     readGreeting(conversation.sent());
     assert.equal(conversation.push(clientFlags(flags)), undefined);
     return conversation;

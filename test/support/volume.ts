@@ -68,6 +68,9 @@ export class Io implements StatusRequest {
   /** The request's place in the order of answers. */
   answered = 0;
   static #answers = 0;
+  /** What changed, and its place in the order of all changes. */
+  readonly changes: [offset: number, length: number, order: number][] = [];
+  static #changes = 0;
   #resolve!: (errno: number) => void;
 
   constructor(
@@ -102,6 +105,11 @@ export class Io implements StatusRequest {
     this.extents.push([length, status]);
   }
 
+  changed(offset: number, length: number): void {
+    assert.equal(this.errno, undefined, 'changed after it was completed');
+    this.changes.push([offset, length, ++Io.#changes]);
+  }
+
   complete(errno: number): void {
     assert.equal(this.errno, undefined, 'completed twice');
     const room = Buffer.alloc(ROOM, 0xee);
@@ -134,6 +142,8 @@ export class HeldSource implements Supplier {
   prefetch(first: number, end: number): void {
     this.prefetches.push([first, end]);
   }
+
+  dropAbandoned(): void {}
 
   readThrough(request: IoRequest): void {
     this.through.push(request);

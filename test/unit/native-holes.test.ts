@@ -50,6 +50,16 @@ for (const place of places) {
       });
     }
 
+    for (const keepHole of [false, true])
+      test(`zeroFast, keepHole ${keepHole}: zeros, or -EOPNOTSUPP and nothing changed`, async () => {
+        const { path, fd, content } = patterned(8 * MIB, place);
+        const result = await native.zeroFast(fd, from, length, keepHole);
+        assert.ok(result === 0 || result === -ERRNO.EOPNOTSUPP, `answered ${result}`);
+        if (result === 0) content.fill(0, from, from + length);
+        assert.ok(readFileSync(path).equals(content));
+        assert.equal(await native.zeroFast(fd, 0, 0, keepHole), 0);
+      });
+
     test('allocate: space, data kept, the file grown', async () => {
       const fd = sparse(MIB, place);
       assert.equal(writeSync(fd, 'kept', 100), 4);
@@ -151,6 +161,14 @@ describe('block devices', () => {
         assert.ok(punched === 0 || punched === -ERRNO.EOPNOTSUPP, `answered ${punched}`);
         if (punched === 0) content.fill(0, 6 * MIB + 512, 7 * MIB + 512);
         assert.ok(same());
+        for (const keepHole of [true, false]) {
+          content.fill(6, MIB, 3 * MIB);
+          assert.equal(native.pwrite(fd, content, MIB, 2 * MIB, MIB), 2 * MIB);
+          const zeroed = await native.zeroFast(fd, MIB + 512, MIB, keepHole);
+          assert.ok(zeroed === 0 || zeroed === -ERRNO.EOPNOTSUPP, `answered ${zeroed}`);
+          if (zeroed === 0) content.fill(0, MIB + 512, 2 * MIB + 512);
+          assert.ok(same(), `zeroFast, keepHole ${keepHole}`);
+        }
         assert.equal(await native.fdatasync(fd), 0);
       });
     }

@@ -261,6 +261,7 @@ describe('wrong arguments throw, and do nothing', () => {
     writeAsync: [fd, buffer, 0, 0, 0],
     punchHole: [fd, 0, 0],
     zeroRange: [fd, 0, 0, true],
+    zeroFast: [fd, 0, 0, true],
     allocate: [fd, 0, 0],
     fdatasync: [fd],
     seekData: [fd, 0],

@@ -35,6 +35,7 @@ export const HTTP_STATUS: Record<ErrorCode, number> = {
   'source-mismatch': 409,
   'no-space': 507,
   'image-io': 500,
+  'transaction-log': 500,
   'state-damaged': 500,
   'source-unreachable': 502,
   'source-io': 502,
@@ -44,6 +45,7 @@ export const HTTP_STATUS: Record<ErrorCode, number> = {
   control: 500,
   hypervisor: 500,
   migration: 409,
+  bench: 500,
   timeout: 504,
 };
 

@@ -10,7 +10,7 @@
 
 import type { Socket } from 'node:net';
 import { BlockferryError, messageOf } from '../../errors.js';
-import { encodeOption, type ListedExport, protocolError } from '../codec/client.js';
+import { encodeOption, encodeStatusFilter, type ListedExport, protocolError } from '../codec/client.js';
 import {
   Command,
   CommandFlag,
@@ -20,20 +20,14 @@ import {
   TransmissionFlag,
 } from '../constants.js';
 import { parseNbdUri } from '../uri.js';
-import {
-  type Connection,
-  type ConnectLimits,
-  describeLoss,
-  openConnection,
-  type Receiver,
-} from './connect.js';
-import type { ExportInfo } from './handshake.js';
+import { type Connection, type ConnectLimits, describeLoss, openConnection } from './connect.js';
+import type { ExportInfo } from './export-info.js';
 import { ReplyReader } from './reply-reader.js';
 import { CLIENT_REQUESTS_MAX, type Extent, type PendingRequest, RequestTable } from './requests.js';
 import { RequestSender } from './sender.js';
 
 export type { ListedExport } from '../codec/client.js';
-export type { ExportInfo } from './handshake.js';
+export type { ExportInfo } from './export-info.js';
 export { type Extent, NbdReplyError } from './requests.js';
 
 /** How long `close` waits for answers, and then for the server to hang up, before it cuts the connection. */
@@ -42,37 +36,57 @@ export const CLOSE_TIMEOUT_MS = 10_000;
 export const OVERTAKEN_MAX = 10;
 /** Looks for overdue requests in one `requestTimeoutMs`. */
 const SWEEPS = 8;
+/** A server that lets fewer bytes drip than this, and completes no answer, counts as silent. */
+export const HEARD_BYTES_MIN = 1024;
 const U32_MAX = 0xffffffff;
 
+/** How to connect, and what to ask for. */
 export interface NbdClientOptions extends ConnectLimits {
-  /** Metadata contexts to ask for; those the server agreed to are in `info.contexts`. */
+  /** Metadata contexts to ask for, as `base:allocation`; those the server agreed to are in `info.contexts`. */
   readonly contexts?: readonly string[];
   /** Fail ('source-io') rather than connect without structured replies. */
   readonly requireStructured?: boolean;
+  /** Ask for extended headers, which take requests longer than 4 GiB; `info.extended` says whether the server has them. Default: true. */
+  readonly extendedHeaders?: boolean;
   /**
-   * A request unanswered for so long, while nothing else came either, ends the connection ('timeout'): many long requests on a slow
+   * A request unanswered for so long, while nothing else came either (or next to nothing, HEARD_BYTES_MIN), ends the connection ('timeout'): many long requests on a slow
    * connection are no fault. One request may be overtaken by others for OVERTAKEN_MAX times as long. Default: none. Exact to an eighth.
    */
   readonly requestTimeoutMs?: number;
 }
 
+/** Of what changes an export. */
 export interface WriteOptions {
   /** Answered only when the data is on stable storage. */
   readonly fua?: boolean;
 }
 
+/** Of `zero`. */
 export interface ZeroOptions extends WriteOptions {
   /** The range stays allocated. */
   readonly noHole?: boolean;
+  /**
+   * Fail at once ('source-io', with an NbdReplyError of errno ENOTSUP), and change nothing, unless it takes less time than to write the
+   * zeroes. Only where the server offers it (TransmissionFlag.SEND_FAST_ZERO), else 'usage'.
+   */
+  readonly fast?: boolean;
+}
+
+export interface ReadOptions {
+  /** The server must send the range in one piece; it may fail what is longer than 64 KiB with EOVERFLOW. */
+  readonly dontFragment?: boolean;
 }
 
 /**
+ * A connection to one export.
+ *
  * All requests reject with a BlockferryError: 'source-io' when the server answered with an error (`cause` is an NbdReplyError
  * with its errno), 'closed' when the connection ended first (`cause` says why), 'bounds' for what lies outside the export, is
  * not aligned to `info.blockSize.minimum`, is longer than `payloadBytesMax`, or is one request too many; 'read-only'; and
  * 'usage' for what the server does not offer. The last three never reach the server.
  */
-export class NbdClient implements Receiver {
+export class NbdClient {
+  /** What the server told about the export when the connection was made. */
   readonly info: ExportInfo;
   /** Largest READ or WRITE, bytes: what the server advertised, else 32 MiB; never more than 64 MiB. Split longer ones. */
   readonly payloadBytesMax: number;
@@ -85,6 +99,10 @@ export class NbdClient implements Receiver {
   readonly #reader: ReplyReader;
   readonly #sender: RequestSender;
   readonly #alignment: number;
+  /** Longest request without payload, bytes. */
+  readonly #lengthMax: number;
+  /** BLOCK_STATUS can ask for one of several contexts. */
+  readonly #filters: boolean;
   #state: 'open' | 'draining' | 'closed' = 'open';
   /** What `closed` will say after an orderly end. */
   #drainReason: BlockferryError | null = null;
@@ -95,6 +113,9 @@ export class NbdClient implements Receiver {
   #sweep: NodeJS.Timeout | null = null;
   /** Sweeps since something came. Not a time: in a process that was stopped, the answers may be there and just not read yet. */
   #silentSweeps = 0;
+  /** Bytes since then, and what `#table.settled` was then. */
+  #heardBytes = 0;
+  #settledThen = 0;
 
   private constructor(connection: Connection, info: ExportInfo, requestTimeoutMs: number | undefined) {
     this.info = info;
@@ -105,10 +126,15 @@ export class NbdClient implements Receiver {
     this.#socket = connection.socket;
     this.#peer = connection.peer;
     this.#alignment = info.blockSize?.minimum ?? 1;
-    this.#sender = new RequestSender(connection.socket);
+    this.#sender = new RequestSender(connection.socket, info.extended);
+    this.#lengthMax = info.extended ? info.size : U32_MAX;
+    this.#filters = (info.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD) !== 0 && info.contexts.size > 1;
+    const contexts = [...info.contexts];
     this.#reader = new ReplyReader(this.#table, {
       structured: info.structured,
+      extended: info.extended,
       contextIds: new Set(info.contexts.values()),
+      narrowContextIds: new Set(contexts.filter(([name]) => name.startsWith('base:')).map(([, id]) => id)),
       size: info.size,
     });
     this.#table.onIdle = () => this.#idle();
@@ -122,12 +148,19 @@ export class NbdClient implements Receiver {
       );
       this.#sweep.unref();
     }
-    connection.handTo(this);
+    connection.handTo({
+      received: (bytes, length) => this.#received(bytes, length),
+      ended: (error) => this.#ended(error),
+    });
     // The server may have hung up between the end of the handshake and now.
-    if (connection.socket.destroyed || connection.socket.readableEnded) this.ended(null);
+    if (connection.socket.destroyed || connection.socket.readableEnded) this.#ended(null);
   }
 
-  /** Fails as `openConnection` does, and with 'address' for what is not a usable URI. */
+  /**
+   * Connects to the export that `uri` names, as in `nbd://HOST:PORT/NAME` or `nbds+unix:///NAME?socket=PATH`, and haggles. Rejects with
+   * 'address' (not a usable URI), 'source-unreachable' (nobody answers, or not without TLS), 'timeout', 'closed' (the server hung
+   * up, or `signal` fired), 'protocol', 'not-found' (no such export), 'source-io' (the server refused), or 'tls' (credentials, or the peer's).
+   */
   static async connect(uri: string, options: NbdClientOptions = {}): Promise<NbdClient> {
     const parsed = parseNbdUri(uri);
     const connection = await openConnection(
@@ -137,6 +170,7 @@ export class NbdClient implements Receiver {
         exportName: parsed.exportName,
         contexts: options.contexts ?? [],
         requireStructured: options.requireStructured ?? false,
+        extended: options.extendedHeaders ?? true,
       },
       options,
     );
@@ -144,7 +178,7 @@ export class NbdClient implements Receiver {
     return new NbdClient(connection, connection.outcome.info, options.requestTimeoutMs);
   }
 
-  /** The exports a server lists; the URI's export name is of no account. Fails as `connect` does. */
+  /** The exports a server lists; the URI's export name is of no account. Rejects as `connect` does. */
   static async list(uri: string, limits: ConnectLimits = {}): Promise<ListedExport[]> {
     const connection = await openConnection(parseNbdUri(uri), { kind: 'list' }, limits);
     connection.handTo({ received() {}, ended() {} });
@@ -153,31 +187,58 @@ export class NbdClient implements Receiver {
     return connection.outcome.kind === 'list' ? connection.outcome.exports : [];
   }
 
-  /** Requests not answered yet. */
+  /** Requests not answered yet. More than 4096 are refused. */
   get inFlight(): number {
     return this.#table.active;
   }
 
-  /** Fills buffer[at, at + length) with the export's bytes from `offset` on. When it fails that range is undefined. */
-  read(offset: number, length: number, buffer: Buffer, at = 0): Promise<void> {
-    const wrong = this.#check(offset, length) ?? this.#checkPayload(length, buffer, at);
+  /** The export's bytes from `offset` on, in a buffer of their own. `length` <= `payloadBytesMax`. */
+  read(offset: number, length: number): Promise<Buffer>;
+  /** Fills buffer[at, at + length) with them, `at` being 0 by default. When it fails that range is undefined. */
+  read(offset: number, length: number, buffer: Buffer, at?: number, options?: ReadOptions): Promise<void>;
+  read(offset: number, length: number, buffer?: Buffer, at = 0, options?: ReadOptions): Promise<unknown> {
+    if (buffer === undefined) return this.#readNew(offset, length);
+    const whole = options?.dontFragment === true;
+    const wrong =
+      this.#check(offset, length) ??
+      this.#checkPayload(length, buffer, at) ??
+      (whole ? this.#lacks(TransmissionFlag.SEND_DF, 'DF') : null);
     if (wrong !== null) return Promise.reject(wrong);
     if (length === 0) return Promise.resolve();
     const request = this.#table.take();
     if (request === null) return Promise.reject(tooMany());
     request.buffer = buffer;
     request.at = at;
-    return this.#send(request, Command.READ, 0, offset, length) as Promise<unknown> as Promise<void>;
+    return this.#send(request, Command.READ, whole ? CommandFlag.DF : 0, offset, length);
   }
 
-  /** Writes buffer[at, at + length), which must be left alone until this is settled. */
-  write(offset: number, buffer: Buffer, at: number, length: number, options?: WriteOptions): Promise<void> {
+  async #readNew(offset: number, length: number): Promise<Buffer> {
+    // What is too long gets no memory, and is refused.
+    const buffer = Buffer.allocUnsafeSlow(length > 0 && length <= this.payloadBytesMax ? length : 0);
+    await this.read(offset, length, buffer);
+    return buffer;
+  }
+
+  /** Writes the whole buffer, <= `payloadBytesMax`, which must be left alone until this is settled. */
+  write(offset: number, buffer: Buffer, options?: WriteOptions): Promise<void>;
+  /** Writes buffer[at, at + length). */
+  write(offset: number, buffer: Buffer, at: number, length: number, options?: WriteOptions): Promise<void>;
+  write(
+    offset: number,
+    buffer: Buffer,
+    from: number | WriteOptions = 0,
+    length = buffer.length,
+    last?: WriteOptions,
+  ): Promise<void> {
+    const at = typeof from === 'number' ? from : 0;
+    const options = typeof from === 'number' ? last : from;
     const wrong = this.#checkChange(offset, length, options) ?? this.#checkPayload(length, buffer, at);
     if (wrong !== null) return Promise.reject(wrong);
     if (length === 0) return Promise.resolve();
     const request = this.#table.take();
     if (request === null) return Promise.reject(tooMany());
-    const flags = options?.fua === true ? CommandFlag.FUA : 0;
+    const flags =
+      (options?.fua === true ? CommandFlag.FUA : 0) | (this.info.extended ? CommandFlag.PAYLOAD_LEN : 0);
     const promise = this.#send(request, Command.WRITE, flags, offset, length);
     this.#sender.payload(buffer.subarray(at, at + length));
     return promise as Promise<unknown> as Promise<void>;
@@ -189,24 +250,27 @@ export class NbdClient implements Receiver {
     return this.#command(wrong, Command.FLUSH, 0, 0, 0);
   }
 
-  /** The content of the range is of no use any more. `length` < 2^32. */
+  /** The content of the range is of no use any more. `length` < 2^32, unless `info.extended`; so below. */
   trim(offset: number, length: number, options?: WriteOptions): Promise<void> {
     const wrong =
       this.#checkChange(offset, length, options) ?? this.#lacks(TransmissionFlag.SEND_TRIM, 'TRIM');
     return this.#command(wrong, Command.TRIM, options?.fua === true ? CommandFlag.FUA : 0, offset, length);
   }
 
-  /** The range reads as zeroes afterwards. `length` < 2^32. */
+  /** The range reads as zeroes afterwards. */
   zero(offset: number, length: number, options?: ZeroOptions): Promise<void> {
     const wrong =
       this.#checkChange(offset, length, options) ??
-      this.#lacks(TransmissionFlag.SEND_WRITE_ZEROES, 'WRITE_ZEROES');
+      this.#lacks(TransmissionFlag.SEND_WRITE_ZEROES, 'WRITE_ZEROES') ??
+      (options?.fast === true ? this.#lacks(TransmissionFlag.SEND_FAST_ZERO, 'FAST_ZERO') : null);
     const flags =
-      (options?.fua === true ? CommandFlag.FUA : 0) | (options?.noHole === true ? CommandFlag.NO_HOLE : 0);
+      (options?.fua === true ? CommandFlag.FUA : 0) |
+      (options?.noHole === true ? CommandFlag.NO_HOLE : 0) |
+      (options?.fast === true ? CommandFlag.FAST_ZERO : 0);
     return this.#command(wrong, Command.WRITE_ZEROES, flags, offset, length);
   }
 
-  /** Asks the server to have the range at hand. `length` < 2^32. */
+  /** Asks the server to have the range at hand. */
   cache(offset: number, length: number): Promise<void> {
     const wrong = this.#check(offset, length) ?? this.#lacks(TransmissionFlag.SEND_CACHE, 'CACHE');
     return this.#command(wrong, Command.CACHE, 0, offset, length);
@@ -215,7 +279,7 @@ export class NbdClient implements Receiver {
   /**
    * Status of the range in a context of `info.contexts`: extents that follow one another from `offset` on, at least one,
    * neighbours differ. They may end before the range does (ask again from there), or reach beyond it, but not beyond the
-   * export. `one`: a single extent, within the range. `length` is in 1..2^32-1.
+   * export. `one`: a single extent, within the range. `length` is at least 1.
    */
   async blockStatus(
     context: string,
@@ -237,7 +301,19 @@ export class NbdClient implements Receiver {
     if (request === null) throw tooMany();
     request.contextId = contextId;
     const flags = options?.one === true ? CommandFlag.REQ_ONE : 0;
-    return (await this.#send(request, Command.BLOCK_STATUS, flags, offset, length)) ?? [];
+    if (!this.#filters) return (await this.#send(request, Command.BLOCK_STATUS, flags, offset, length)) ?? [];
+    request.filtered = true;
+    const filter = encodeStatusFilter(length, contextId);
+    const promise = this.#send(
+      request,
+      Command.BLOCK_STATUS,
+      flags | CommandFlag.PAYLOAD_LEN,
+      offset,
+      length,
+      filter.length,
+    );
+    this.#sender.payload(filter);
+    return (await promise) ?? [];
   }
 
   /**
@@ -254,20 +330,25 @@ export class NbdClient implements Receiver {
     this.#over(error ?? new BlockferryError('closed', `the connection to ${this.#peer} was given up`));
   }
 
-  /** For the connection. */
-  received(bytes: Buffer, length: number): void {
+  #received(bytes: Buffer, length: number): void {
     if (this.#state === 'closed') return;
-    this.#silentSweeps = 0;
+    this.#heardBytes += length;
     try {
       this.#reader.receive(bytes, length);
+      if (this.#heardBytes >= HEARD_BYTES_MIN || this.#table.settled !== this.#settledThen) this.#heard();
     } catch (error) {
       const known = error instanceof BlockferryError ? error : protocolError(messageOf(error));
       this.#over(new BlockferryError(known.code, `${this.#peer}: ${known.message}`, { cause: error }));
     }
   }
 
-  /** For the connection. */
-  ended(error: Error | null): void {
+  #heard(): void {
+    this.#silentSweeps = 0;
+    this.#heardBytes = 0;
+    this.#settledThen = this.#table.settled;
+  }
+
+  #ended(error: Error | null): void {
     if (this.#state === 'closed') return;
     // Hanging up, in whatever manner, is the answer to DISC.
     if (this.#state === 'draining' && this.#table.active === 0) {
@@ -300,22 +381,30 @@ export class NbdClient implements Receiver {
     flags: number,
     offset: number,
     length: number,
+    /** What the header says, if not the bytes that it is about. */
+    wireLength = length,
   ): Promise<Extent[] | undefined> {
     request.command = command;
     request.flags = flags;
     request.offset = offset;
     request.length = length;
     if (this.#sweep !== null) request.startedAtMs = performance.now();
-    this.#sender.request(flags, command, request.generation, request.index, offset, length);
+    this.#sender.request(flags, command, request.generation, request.index, offset, wireLength);
     return this.#table.promiseOf(request);
   }
 
   #check(offset: number, length: number): BlockferryError | null {
     if (this.#refusal !== null) return this.#refusal;
-    if (!isCount(offset) || !isCount(length) || length > U32_MAX || length > this.info.size - offset) {
+    if (!isCount(offset) || !isCount(length) || length > this.info.size - offset) {
       return new BlockferryError(
         'bounds',
         `${length} bytes at ${offset} are not inside an export of ${this.info.size}`,
+      );
+    }
+    if (length > this.#lengthMax) {
+      return new BlockferryError(
+        'bounds',
+        `${length} bytes in one request, of ${this.#lengthMax} at most: split it`,
       );
     }
     if (this.#alignment > 1 && (offset % this.#alignment !== 0 || length % this.#alignment !== 0)) {

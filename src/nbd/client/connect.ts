@@ -21,6 +21,7 @@ export const CONNECT_TIMEOUT_MS = 10_000;
 /** After so long in silence the kernel asks whether a TCP peer is still there. */
 const KEEP_ALIVE_MS = 30_000;
 
+/** How to connect. Times are milliseconds. */
 export interface ConnectLimits {
   /** For URIs with TLS, where they leave something open. */
   readonly tls?: ClientTlsSettings;

@@ -1,10 +1,10 @@
 /**
  * The client's handshake as a state machine: bytes of the server in, bytes for the server out, no sockets.
  *
- *     greeting -> flags -> STRUCTURED_REPLY -> SET_META_CONTEXT (if contexts are wanted) -> GO -> done
- *                                                                GO unknown: EXPORT_NAME -> done
+ *     greeting -> flags -> EXTENDED_HEADERS -> SET_META_CONTEXT (if contexts are wanted) -> GO -> done
+ *                             unknown: STRUCTURED_REPLY, then likewise           GO unknown: EXPORT_NAME -> done
  *     greeting -> flags -> LIST -> done                          a server of plain newstyle: EXPORT_NAME at once
- *     with TLS: greeting -> flags -> STARTTLS -> start-tls (`secured` is called once TLS stands) -> STRUCTURED_REPLY or LIST
+ *     with TLS: greeting -> flags -> STARTTLS -> start-tls (`secured` is called once TLS stands) -> EXTENDED_HEADERS or LIST
  *
  * One option is under way at a time, so every byte a server sends belongs to the question asked last. A server that
  * answers before it was asked, or answers something else, broke the protocol (BlockferryError 'protocol').
@@ -12,17 +12,13 @@
 
 import { BlockferryError } from '../../errors.js';
 import {
-  type BlockSize,
   decodeExportBasics,
   decodeGreeting,
-  decodeInfo,
   decodeListedExport,
-  decodeMetaContext,
   decodeOptionReplyHeader,
   displayable,
   EXPORT_NAME_REPLY_BYTES,
   EXPORT_NAME_ZEROES_BYTES,
-  type ExportBasics,
   encodeClientFlags,
   encodeExportName,
   encodeGo,
@@ -33,7 +29,8 @@ import {
   OPTION_REPLY_HEADER_BYTES,
   protocolError,
 } from '../codec/client.js';
-import { HandshakeFlag, Info, Option, OptionReply, TransmissionFlag } from '../constants.js';
+import { HandshakeFlag, Info, Option, OptionReply, type ReplyForm } from '../constants.js';
+import { ExportFacts, type ExportInfo } from './export-info.js';
 
 export type HandshakeGoal =
   | {
@@ -43,29 +40,10 @@ export type HandshakeGoal =
       readonly contexts: readonly string[];
       /** Fail ('source-io') rather than do without structured replies. */
       readonly requireStructured: boolean;
+      /** Ask for extended headers. Default: false. */
+      readonly extended?: boolean;
     }
   | { readonly kind: 'list' };
-
-/** What the server told about the export. */
-export interface ExportInfo {
-  /** As it was asked for. */
-  readonly exportName: string;
-  /** Bytes, 0..2^53-1. */
-  readonly size: number;
-  /** TransmissionFlag bits. */
-  readonly flags: number;
-  readonly readOnly: boolean;
-  /** Structured replies were agreed on. */
-  readonly structured: boolean;
-  /** Metadata contexts the server agreed to report, with their ids. */
-  readonly contexts: ReadonlyMap<string, number>;
-  /** Empty when the server gave none. */
-  readonly description: string;
-  /** The server's own name of the export, if it gave one. */
-  readonly name: string | null;
-  /** Null: nothing was advertised, the protocol's defaults hold (1, 4096, 32 MiB). */
-  readonly blockSize: BlockSize | null;
-}
 
 export type HandshakeOutcome =
   | { readonly kind: 'connect'; readonly info: ExportInfo }
@@ -99,13 +77,9 @@ export class ClientHandshake {
   #spoke = false;
 
   // What the options brought.
-  #structured = false;
-  readonly #contexts = new Map<string, number>();
+  #form: ReplyForm = 'simple';
   readonly #exports: ListedExport[] = [];
-  #basics: ExportBasics | null = null;
-  #name: string | null = null;
-  #description = '';
-  #blockSize: BlockSize | null = null;
+  readonly #facts = new ExportFacts();
 
   /** `secure`: TLS or nothing. */
   constructor(
@@ -208,7 +182,7 @@ export class ClientHandshake {
       case 'export-name': {
         const bytes = EXPORT_NAME_REPLY_BYTES + (this.#noZeroes ? 0 : EXPORT_NAME_ZEROES_BYTES);
         if (available < bytes) return null;
-        this.#basics = decodeExportBasics(input, at);
+        this.#facts.basics = decodeExportBasics(input, at);
         this.#finish();
         return { bytes, reply: null };
       }
@@ -236,9 +210,14 @@ export class ClientHandshake {
         throw new BlockferryError('source-io', 'the server is too old to list its exports');
       return this.#ask(Option.LIST, encodeOption(Option.LIST));
     }
-    return this.#fixedNewstyle
-      ? this.#ask(Option.STRUCTURED_REPLY, encodeOption(Option.STRUCTURED_REPLY))
-      : this.#askExportName();
+    if (!this.#fixedNewstyle) return this.#askExportName();
+    return this.goal.extended === true
+      ? this.#ask(Option.EXTENDED_HEADERS, encodeOption(Option.EXTENDED_HEADERS))
+      : this.#askStructured();
+  }
+
+  #askStructured(): Buffer {
+    return this.#ask(Option.STRUCTURED_REPLY, encodeOption(Option.STRUCTURED_REPLY));
   }
 
   /** One option reply. Gives back the next question, null while more of the answer is to come. */
@@ -253,12 +232,12 @@ export class ClientHandshake {
         this.#exports.push(decodeListedExport(payload));
         return null;
       case OptionReply.META_CONTEXT:
-        if (option !== Option.SET_META_CONTEXT) break;
-        this.#addContext(payload);
+        if (option !== Option.SET_META_CONTEXT || this.goal.kind !== 'connect') break;
+        this.#facts.addContext(payload, this.goal.contexts);
         return null;
       case OptionReply.INFO:
         if (option !== Option.GO) break;
-        this.#addInfo(payload);
+        this.#facts.addInfo(payload);
         return null;
     }
     throw protocolError(`a reply of type ${type} to ${optionName(option)}`);
@@ -270,8 +249,11 @@ export class ClientHandshake {
         this.#state = { step: 'start-tls' };
         this.#silent = true;
         return null;
+      case Option.EXTENDED_HEADERS:
+        this.#form = 'extended';
+        return this.#askContexts();
       case Option.STRUCTURED_REPLY:
-        this.#structured = true;
+        this.#form = 'structured';
         return this.#askContexts();
       case Option.SET_META_CONTEXT:
         return this.#askGo();
@@ -300,14 +282,18 @@ export class ClientHandshake {
           'tls',
           `the server offers no TLS (${refusal(type)}): turn it on there, or use nbd instead of nbds${said}`,
         );
+      case Option.EXTENDED_HEADERS:
+        return this.#askStructured();
       case Option.STRUCTURED_REPLY:
         return this.#askContexts();
       case Option.SET_META_CONTEXT:
-        this.#contexts.clear();
+        this.#facts.forgetContexts();
         return this.#askGo();
       case Option.GO:
-        if (type === OptionReply.ERR_UNSUP) return this.#askExportName();
-        break;
+        if (type !== OptionReply.ERR_UNSUP) break;
+        if (this.#form === 'extended')
+          throw protocolError('it agreed on extended headers, and does not know GO');
+        return this.#askExportName();
     }
     if (type === OptionReply.ERR_UNKNOWN && this.goal.kind === 'connect') {
       const name = displayable(this.goal.exportName);
@@ -321,8 +307,9 @@ export class ClientHandshake {
 
   #askContexts(): Buffer {
     if (this.goal.kind !== 'connect') throw protocolError('an answer out of turn');
-    if (!this.#structured && this.goal.requireStructured) throw withoutStructured();
-    if (!this.#structured || this.goal.contexts.length === 0) return this.#askGo();
+    const simple = this.#form === 'simple';
+    if (simple && this.goal.requireStructured) throw withoutStructured();
+    if (simple || this.goal.contexts.length === 0) return this.#askGo();
     const { exportName, contexts } = this.goal;
     return this.#ask(
       Option.SET_META_CONTEXT,
@@ -336,7 +323,7 @@ export class ClientHandshake {
   }
 
   #askExportName(): Buffer {
-    if (!this.#structured && this.goal.kind === 'connect' && this.goal.requireStructured)
+    if (this.#form === 'simple' && this.goal.kind === 'connect' && this.goal.requireStructured)
       throw withoutStructured();
     this.#state = { step: 'export-name' };
     return encodeExportName(this.#exportName());
@@ -352,56 +339,12 @@ export class ClientHandshake {
     return this.goal.kind === 'connect' ? this.goal.exportName : '';
   }
 
-  #addContext(payload: Buffer): void {
-    const { id, name } = decodeMetaContext(payload);
-    if (this.goal.kind !== 'connect' || !this.goal.contexts.includes(name)) {
-      throw protocolError(`the metadata context '${displayable(name)}' was not asked for`);
-    }
-    if (this.#contexts.has(name)) throw protocolError(`the metadata context '${name}' comes twice`);
-    for (const known of this.#contexts.values()) {
-      if (known === id) throw protocolError(`two metadata contexts have the id ${id}`);
-    }
-    this.#contexts.set(name, id);
-  }
-
-  #addInfo(payload: Buffer): void {
-    const item = decodeInfo(payload);
-    switch (item.kind) {
-      case 'export':
-        if (this.#basics !== null) throw protocolError('INFO_EXPORT comes twice');
-        this.#basics = { size: item.size, flags: item.flags };
-        break;
-      case 'name':
-        this.#name = item.name;
-        break;
-      case 'description':
-        this.#description = item.description;
-        break;
-      case 'block-size':
-        this.#blockSize = item.blockSize;
-        break;
-      case 'unknown':
-        break;
-    }
-  }
-
   #finish(): void {
     if (this.goal.kind === 'list') {
       this.#state = { step: 'done', outcome: { kind: 'list', exports: this.#exports } };
       return;
     }
-    if (this.#basics === null) throw protocolError('GO was acknowledged without INFO_EXPORT');
-    const info: ExportInfo = {
-      exportName: this.goal.exportName,
-      size: this.#basics.size,
-      flags: this.#basics.flags,
-      readOnly: (this.#basics.flags & TransmissionFlag.READ_ONLY) !== 0,
-      structured: this.#structured,
-      contexts: this.#contexts,
-      description: this.#description,
-      name: this.#name,
-      blockSize: this.#blockSize,
-    };
+    const info = this.#facts.info(this.goal.exportName, this.#form);
     this.#state = { step: 'done', outcome: { kind: 'connect', info } };
   }
 }

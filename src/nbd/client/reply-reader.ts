@@ -1,6 +1,7 @@
 /**
  * Reads the server's side of the transmission phase: reply headers, chunks, payloads, in any order and cut anywhere.
- * No sockets: bytes in, settled requests out. Source: proto.md, "Simple reply message", "Structured reply types".
+ * No sockets: bytes in, settled requests out. Source: proto.md, "Simple reply message", "Structured reply types"; of the branch
+ * extension-ext-header "Extended reply chunk message".
  *
  * Invariants:
  * - The input belongs to the caller and is reused: payloads are copied straight into the buffer of their request, anything
@@ -17,6 +18,8 @@ import {
   Command,
   CommandFlag,
   Errno,
+  EXTENDED_REPLY_HEADER_BYTES,
+  EXTENDED_REPLY_MAGIC,
   SIMPLE_REPLY_HEADER_BYTES,
   SIMPLE_REPLY_MAGIC,
   STRING_BYTES_MAX,
@@ -50,18 +53,25 @@ const Expect = {
 type Expect = (typeof Expect)[keyof typeof Expect];
 
 export interface ReplyReaderOptions {
-  /** Structured replies were agreed on. */
+  /** Structured replies, or extended headers, were agreed on. */
   readonly structured: boolean;
+  /** Extended headers were agreed on. Default: false. */
+  readonly extended?: boolean;
   /** Ids of the agreed metadata contexts. */
   readonly contextIds: ReadonlySet<number>;
+  /** Those of them whose status has 32 bits at most. Default: none is known to. */
+  readonly narrowContextIds?: ReadonlySet<number>;
   /** Size of the export, bytes. */
   readonly size: number;
 }
 
 export class ReplyReader {
   #expect: Expect = Expect.Header;
+  readonly #extended: boolean;
+  readonly #headerBytes: number;
+  readonly #extentBytes: number;
   /** Bytes of the unit that comes next. */
-  #need = SIMPLE_REPLY_HEADER_BYTES;
+  #need: number;
   readonly #scratch = Buffer.alloc(STRING_BYTES_MAX + 64);
   #scratchFill = 0;
 
@@ -76,13 +86,19 @@ export class ReplyReader {
 
   /** BLOCK_STATUS: the chunk's context is the one that was asked for; bytes its extents describe so far. */
   #wanted = false;
+  #narrow = false;
   #described = 0;
   #messageLength = 0;
 
   constructor(
     readonly table: RequestTable,
     readonly options: ReplyReaderOptions,
-  ) {}
+  ) {
+    this.#extended = options.extended ?? false;
+    this.#headerBytes = this.#extended ? EXTENDED_REPLY_HEADER_BYTES : SIMPLE_REPLY_HEADER_BYTES;
+    this.#extentBytes = this.#extended ? 16 : 8;
+    this.#need = this.#headerBytes;
+  }
 
   /** Takes input[0, length). */
   receive(input: Buffer, length: number): void {
@@ -121,22 +137,24 @@ export class ReplyReader {
   #unit(bytes: Buffer, at: number): void {
     switch (this.#expect) {
       case Expect.Header:
-        this.#header(bytes, at);
+        if (this.#extended) this.#extendedHeader(bytes, at);
+        else this.#header(bytes, at);
         break;
       case Expect.ChunkLength:
         this.#chunkLength(bytes.readUInt32BE(at));
         break;
       case Expect.DataOffset:
-        this.#dataOffset(readOffset(bytes, at));
+        this.#dataOffset(read64(bytes, at));
         break;
       case Expect.Hole:
-        this.#hole(readOffset(bytes, at), bytes.readUInt32BE(at + 8));
+        this.#hole(read64(bytes, at), bytes.readUInt32BE(at + 8));
         break;
       case Expect.StatusContext:
-        this.#statusContext(bytes.readUInt32BE(at));
+        this.#statusContext(bytes.readUInt32BE(at), this.#extended ? bytes.readUInt32BE(at + 4) : null);
         break;
       case Expect.StatusExtent:
-        this.#statusExtent(bytes.readUInt32BE(at), bytes.readUInt32BE(at + 4));
+        if (this.#extended) this.#statusExtent(read64(bytes, at), this.#wideStatus(bytes, at + 8));
+        else this.#statusExtent(bytes.readUInt32BE(at), bytes.readUInt32BE(at + 4));
         break;
       case Expect.ErrorHead:
         this.#errorHead(bytes.readUInt32BE(at), bytes.readUInt16BE(at + 4));
@@ -168,6 +186,20 @@ export class ReplyReader {
     } else {
       throw protocolError(`a reply with the magic 0x${magic.toString(16)}`);
     }
+  }
+
+  #extendedHeader(bytes: Buffer, at: number): void {
+    const magic = bytes.readUInt32BE(at);
+    if (magic !== EXTENDED_REPLY_MAGIC)
+      throw protocolError(`a reply with the magic 0x${magic.toString(16)} despite extended headers`);
+    const request = known(this.table.find(bytes.readUInt32BE(at + 8), bytes.readUInt32BE(at + 12)));
+    if (read64(bytes, at + 16) !== request.offset)
+      throw protocolError(`a reply that repeats another offset than that of ${request.describe()}`);
+    this.#request = request;
+    request.begun = true;
+    this.#chunkDone = (bytes.readUInt16BE(at + 4) & ChunkFlag.DONE) !== 0;
+    this.#chunkType = bytes.readUInt16BE(at + 6);
+    this.#chunkLength(read64(bytes, at + 24));
   }
 
   #simpleReply(request: PendingRequest, errno: number): void {
@@ -208,11 +240,14 @@ export class ReplyReader {
         if (request.command !== Command.READ || length !== 12) break;
         this.#next(Expect.Hole, 12);
         return;
-      case ChunkType.BLOCK_STATUS:
-        if (request.command !== Command.BLOCK_STATUS || length < 12 || length % 8 !== 4) break;
-        if ((length - 4) / 8 > EXTENTS_MAX) break;
-        this.#next(Expect.StatusContext, 4);
+      case this.#extended ? ChunkType.BLOCK_STATUS_EXT : ChunkType.BLOCK_STATUS: {
+        const head = this.#extentBytes / 2;
+        const extents = (length - head) / this.#extentBytes;
+        if (request.command !== Command.BLOCK_STATUS || !Number.isInteger(extents)) break;
+        if (extents < 1 || extents > EXTENTS_MAX) break;
+        this.#next(Expect.StatusContext, head);
         return;
+      }
       default:
         if ((this.#chunkType & ERROR_BIT) === 0) break;
         if (length < (this.#chunkType === ChunkType.ERROR_OFFSET ? 14 : 6) || length > ERROR_CHUNK_BYTES_MAX)
@@ -252,6 +287,9 @@ export class ReplyReader {
     if (offset < request.offset || offset + length > request.offset + request.length) {
       throw protocolError(`${length} bytes at ${offset} in the reply to ${request.describe()}`);
     }
+    if (request.hasContent && (request.flags & CommandFlag.DF) !== 0)
+      throw protocolError(`several pieces in the reply to ${request.describe()}, which was to be whole`);
+    request.hasContent = true;
     const before = request.coverage.fragments;
     if (!request.coverage.add(offset, offset + length)) {
       throw protocolError(`bytes at ${offset} come twice in the reply to ${request.describe()}`);
@@ -260,7 +298,8 @@ export class ReplyReader {
     if (this.table.fragments > FRAGMENTS_MAX) throw protocolError('replies in too many pieces');
   }
 
-  #statusContext(contextId: number): void {
+  /** `count`: how many extents the chunk says it has, if it says. */
+  #statusContext(contextId: number, count: number | null): void {
     const request = this.#request as PendingRequest;
     if (!this.options.contextIds.has(contextId))
       throw protocolError(`block status of the unknown context ${contextId}`);
@@ -269,13 +308,26 @@ export class ReplyReader {
       throw protocolError(`the context ${contextId} answers twice`);
     request.contextsAnswered.add(contextId);
     this.#wanted = contextId === request.contextId;
+    this.#narrow = this.options.narrowContextIds?.has(contextId) ?? false;
     if (this.#wanted) request.extents = [];
     this.#described = 0;
-    this.#remaining -= 4;
-    if (this.#remaining !== 8 && (request.flags & CommandFlag.REQ_ONE) !== 0) {
+    if (request.filtered && !this.#wanted)
+      throw protocolError(`block status of the context ${contextId}, which was not asked for`);
+    this.#remaining -= this.#need;
+    if (count !== null && count * this.#extentBytes !== this.#remaining)
+      throw protocolError(`a count of ${count} extents, in ${this.#remaining} bytes`);
+    if (this.#remaining !== this.#extentBytes && (request.flags & CommandFlag.REQ_ONE) !== 0) {
       throw protocolError('several extents where one was asked for');
     }
-    this.#next(Expect.StatusExtent, 8);
+    this.#next(Expect.StatusExtent, this.#extentBytes);
+  }
+
+  #wideStatus(bytes: Buffer, at: number): number {
+    const status = read64(bytes, at);
+    const narrow = this.#narrow;
+    if (status > (narrow ? U32 - 1 : Number.MAX_SAFE_INTEGER))
+      throw protocolError(`a status beyond ${narrow ? 32 : 53} bits`);
+    return status;
   }
 
   #statusExtent(length: number, flags: number): void {
@@ -289,7 +341,7 @@ export class ReplyReader {
     const shown = Math.min(length, this.options.size - request.offset - this.#described);
     this.#described += length;
     if (this.#wanted) addExtent(request.extents as Extent[], shown, flags);
-    this.#remaining -= 8;
+    this.#remaining -= this.#extentBytes;
     if (this.#remaining === 0) this.#chunkEnded();
   }
 
@@ -314,7 +366,7 @@ export class ReplyReader {
       request.errorMessage = displayable(bytes.toString('utf8', at, at + this.#messageLength));
     }
     if (this.#chunkType === ChunkType.ERROR_OFFSET) {
-      const offset = readOffset(bytes, at + this.#messageLength);
+      const offset = read64(bytes, at + this.#messageLength);
       if (offset < request.offset || offset >= request.offset + request.length) {
         throw protocolError(`an error at ${offset} in the reply to ${request.describe()}`);
       }
@@ -332,7 +384,7 @@ export class ReplyReader {
   #chunkEnded(): void {
     const request = this.#request as PendingRequest;
     this.#request = null;
-    this.#next(Expect.Header, SIMPLE_REPLY_HEADER_BYTES);
+    this.#next(Expect.Header, this.#headerBytes);
     if (!this.#chunkDone) return;
     if (request.errno === Errno.OK) {
       if (
@@ -343,7 +395,7 @@ export class ReplyReader {
       }
       if (
         request.command === Command.BLOCK_STATUS &&
-        request.contextsAnswered?.size !== this.options.contextIds.size
+        request.contextsAnswered?.size !== (request.filtered ? 1 : this.options.contextIds.size)
       ) {
         throw protocolError(`the reply to ${request.describe()} ended before all contexts answered`);
       }
@@ -357,7 +409,8 @@ function known(request: PendingRequest | null): PendingRequest {
   return request;
 }
 
-function readOffset(bytes: Buffer, at: number): number {
+/** 64 bits as a number: exact below 2^53, rounded beyond. */
+function read64(bytes: Buffer, at: number): number {
   return bytes.readUInt32BE(at) * U32 + bytes.readUInt32BE(at + 4);
 }
 

@@ -24,13 +24,16 @@ export interface Extent {
   readonly flags: number;
 }
 
-/** What a server's error reply said; the `cause` of the 'source-io' error a request fails with. */
+/**
+ * What a server's error reply said; the `cause` of the 'source-io' error a request fails with. Thrown by a device's function
+ * (`createDevice`), it is what the client is told.
+ */
 export class NbdReplyError extends Error {
   override readonly name = 'NbdReplyError';
   constructor(
-    /** NBD errno, never 0. */
+    /** NBD errno (Errno), never 0. */
     readonly errno: number,
-    message: string,
+    message = '',
   ) {
     super(message);
   }
@@ -58,11 +61,15 @@ export class PendingRequest {
 
   /** BLOCK_STATUS: the context that was asked for, and what it says; ids of all contexts that answered. */
   contextId = 0;
+  /** No other context was asked for. */
+  filtered = false;
   extents: Extent[] | null = null;
   contextsAnswered: Set<number> | null = null;
 
   /** A chunk of the answer has arrived. */
   begun = false;
+  /** READ: a chunk with a part of the content has arrived. */
+  hasContent = false;
   /** The first error of the answer, 0 for none. */
   errno: number = Errno.OK;
   errorMessage = '';
@@ -76,7 +83,9 @@ export class PendingRequest {
     this.buffer = null;
     this.extents = null;
     this.contextsAnswered = null;
+    this.filtered = false;
     this.begun = false;
+    this.hasContent = false;
     this.errno = Errno.OK;
     this.errorMessage = '';
     this.coverage.clear();
@@ -101,6 +110,8 @@ export class RequestTable {
   /** Stack of the indexes of empty slots. */
   readonly #free: number[] = [];
   #active = 0;
+  /** Requests settled, ever. */
+  settled = 0;
   /** Fragments all reads hold together (Coverage.fragments). */
   fragments = 0;
   /** Called when the last request is settled. */
@@ -151,6 +162,7 @@ export class RequestTable {
     request.reset();
     this.#free.push(request.index);
     this.#active--;
+    this.settled++;
     if (failure === null) request.resolve(extents);
     else request.reject(failure);
     if (shutdown) this.onShutdown?.();

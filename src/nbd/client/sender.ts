@@ -8,8 +8,8 @@
  */
 
 import type { Socket } from 'node:net';
-import { encodeRequest } from '../codec/client.js';
-import { REQUEST_HEADER_BYTES } from '../constants.js';
+import { encodeExtendedRequest, encodeRequest } from '../codec/client.js';
+import { EXTENDED_REQUEST_HEADER_BYTES } from '../constants.js';
 
 const SLAB_BYTES = 32 << 10;
 /** Payload bytes gathered before they are sent without waiting for the end of the turn. */
@@ -24,9 +24,13 @@ export class RequestSender {
   #corked = false;
   #scheduled = false;
 
-  constructor(readonly socket: Socket) {}
+  constructor(
+    readonly socket: Socket,
+    /** Extended headers were agreed on. */
+    readonly extended = false,
+  ) {}
 
-  /** See `encodeRequest`. */
+  /** See `encodeRequest`, or with extended headers `encodeExtendedRequest`. */
   request(
     flags: number,
     command: number,
@@ -35,9 +39,9 @@ export class RequestSender {
     offset: number,
     length: number,
   ): void {
-    if (this.#to + REQUEST_HEADER_BYTES > SLAB_BYTES) this.#makeRoom();
-    encodeRequest(this.#slab, this.#to, flags, command, cookieHigh, cookieLow, offset, length);
-    this.#to += REQUEST_HEADER_BYTES;
+    if (this.#to + EXTENDED_REQUEST_HEADER_BYTES > SLAB_BYTES) this.#makeRoom();
+    const encode = this.extended ? encodeExtendedRequest : encodeRequest;
+    this.#to = encode(this.#slab, this.#to, flags, command, cookieHigh, cookieLow, offset, length);
     if (this.#scheduled) return;
     this.#scheduled = true;
     setImmediate(flushNow, this);

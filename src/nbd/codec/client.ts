@@ -6,12 +6,15 @@
 
 import { BlockferryError } from '../../errors.js';
 import {
+  EXTENDED_REQUEST_HEADER_BYTES,
+  EXTENDED_REQUEST_MAGIC,
   HandshakeFlag,
   Info,
   NBD_MAGIC,
   OPTION_MAGIC,
   OPTION_REPLY_MAGIC,
   Option,
+  REQUEST_HEADER_BYTES,
   REQUEST_MAGIC,
   STRING_BYTES_MAX,
   TransmissionFlag,
@@ -37,6 +40,7 @@ export interface OptionReplyHeader {
   readonly length: number;
 }
 
+/** What a server says of the requests it takes (INFO_BLOCK_SIZE). */
 export interface BlockSize {
   /** Power of two, 1..65536: offsets and lengths of requests are multiples of it. Bytes. */
   readonly minimum: number;
@@ -53,6 +57,7 @@ export interface ExportBasics {
   readonly flags: number;
 }
 
+/** One answer to LIST; both strings may be empty and are at most 4096 bytes of UTF-8. */
 export interface ListedExport {
   readonly name: string;
   readonly description: string;
@@ -122,7 +127,7 @@ function sized(text: string): Buffer {
 // Encoding: transmission
 
 /**
- * Writes a request header, REQUEST_HEADER_BYTES long, into `into` from `at` on. Allocates nothing.
+ * Writes a request header, REQUEST_HEADER_BYTES long, into `into` from `at` on; returns its end. Allocates nothing.
  * The cookie is given in two halves of 32 bits; offset <= 2^53-1, length < 2^32.
  */
 export function encodeRequest(
@@ -134,7 +139,7 @@ export function encodeRequest(
   cookieLow: number,
   offset: number,
   length: number,
-): void {
+): number {
   into.writeUInt32BE(REQUEST_MAGIC, at);
   into.writeUInt32BE(((flags << 16) | command) >>> 0, at + 4);
   into.writeUInt32BE(cookieHigh, at + 8);
@@ -142,6 +147,37 @@ export function encodeRequest(
   into.writeUInt32BE(Math.floor(offset / U32), at + 16);
   into.writeUInt32BE(offset >>> 0, at + 20);
   into.writeUInt32BE(length, at + 24);
+  return at + REQUEST_HEADER_BYTES;
+}
+
+/** As `encodeRequest`, an extended header of EXTENDED_REQUEST_HEADER_BYTES; length <= 2^53-1. */
+export function encodeExtendedRequest(
+  into: Buffer,
+  at: number,
+  flags: number,
+  command: number,
+  cookieHigh: number,
+  cookieLow: number,
+  offset: number,
+  length: number,
+): number {
+  into.writeUInt32BE(EXTENDED_REQUEST_MAGIC, at);
+  into.writeUInt32BE(((flags << 16) | command) >>> 0, at + 4);
+  into.writeUInt32BE(cookieHigh, at + 8);
+  into.writeUInt32BE(cookieLow, at + 12);
+  into.writeUInt32BE(Math.floor(offset / U32), at + 16);
+  into.writeUInt32BE(offset >>> 0, at + 20);
+  into.writeUInt32BE(Math.floor(length / U32), at + 24);
+  into.writeUInt32BE(length >>> 0, at + 28);
+  return at + EXTENDED_REQUEST_HEADER_BYTES;
+}
+
+/** Payload of a BLOCK_STATUS that asks for one context only: 12 bytes. */
+export function encodeStatusFilter(length: number, contextId: number): Buffer {
+  const bytes = Buffer.alloc(12);
+  bytes.writeBigUInt64BE(BigInt(length), 0);
+  bytes.writeUInt32BE(contextId, 8);
+  return bytes;
 }
 
 // Decoding: handshake

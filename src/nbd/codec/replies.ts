@@ -4,27 +4,33 @@
  *
  * A cookie is 8 opaque bytes: two unsigned 32-bit numbers, `hi` the first four bytes. Offsets in the device are bytes, up to
  * Number.MAX_SAFE_INTEGER.
- * Source: NetworkBlockDevice/nbd, doc/proto.md, «Simple reply message», «Structured reply types».
+ *
+ * A chunk is a header, of structured replies (`encodeChunkHeader`) or of extended ones (`encodeExtendedChunkHeader`), and a payload, which is
+ * the same for both but for BLOCK_STATUS.
+ * Source: NetworkBlockDevice/nbd, doc/proto.md, «Simple reply message», «Structured reply types»; branch extension-ext-header,
+ * «Extended reply chunk message».
  */
 import {
-  ChunkType,
+  EXTENDED_REPLY_HEADER_BYTES,
+  EXTENDED_REPLY_MAGIC,
+  SIMPLE_REPLY_HEADER_BYTES,
   SIMPLE_REPLY_MAGIC,
   STRING_BYTES_PREFERRED,
   STRUCTURED_REPLY_HEADER_BYTES,
   STRUCTURED_REPLY_MAGIC,
 } from '../constants.js';
 
-/** Bytes before the data of an OFFSET_DATA chunk. */
-export const DATA_CHUNK_HEADER_BYTES = STRUCTURED_REPLY_HEADER_BYTES + 8;
-export const HOLE_CHUNK_BYTES = STRUCTURED_REPLY_HEADER_BYTES + 12;
-export const NONE_CHUNK_BYTES = STRUCTURED_REPLY_HEADER_BYTES;
-/** Bytes before the first extent of a BLOCK_STATUS chunk. */
-export const STATUS_CHUNK_HEADER_BYTES = STRUCTURED_REPLY_HEADER_BYTES + 4;
+/** Payload of an OFFSET_DATA chunk before its data. */
+export const DATA_PAYLOAD_HEAD_BYTES = 8;
+export const HOLE_PAYLOAD_BYTES = 12;
+/** Payload of a BLOCK_STATUS chunk before its first extent; an extent. */
+export const STATUS_PAYLOAD_HEAD_BYTES = 4;
 export const EXTENT_BYTES = 8;
-/** An ERROR chunk with the longest message we send. */
-export const ERROR_CHUNK_BYTES_MAX = STRUCTURED_REPLY_HEADER_BYTES + 6 + STRING_BYTES_PREFERRED;
-/** An ERROR_OFFSET chunk likewise. */
-export const ERROR_OFFSET_CHUNK_BYTES_MAX = ERROR_CHUNK_BYTES_MAX + 8;
+/** The same of a BLOCK_STATUS_EXT chunk. */
+export const EXTENDED_STATUS_PAYLOAD_HEAD_BYTES = 8;
+export const EXTENDED_EXTENT_BYTES = 16;
+/** Payload of an ERROR chunk with the longest message we send. */
+export const ERROR_PAYLOAD_BYTES_MAX = 6 + STRING_BYTES_PREFERRED;
 
 /** `errno` is one of Errno. The data of a successful READ follows. */
 export function encodeSimpleReply(
@@ -38,7 +44,7 @@ export function encodeSimpleReply(
   put32(buffer, at + 4, errno);
   put32(buffer, at + 8, cookieHi);
   put32(buffer, at + 12, cookieLo);
-  return at + 16;
+  return at + SIMPLE_REPLY_HEADER_BYTES;
 }
 
 /** `flags` of ChunkFlag, `type` of ChunkType, `length` of the payload that follows in bytes. */
@@ -60,108 +66,74 @@ export function encodeChunkHeader(
   return at + STRUCTURED_REPLY_HEADER_BYTES;
 }
 
-/** Everything of an OFFSET_DATA chunk but its data: DATA_CHUNK_HEADER_BYTES. `length` of the data, bytes >= 1. */
-export function encodeDataChunkHeader(
+/** As `encodeChunkHeader`; the request's offset comes back as it came: 8 bytes, in two halves as the cookie. `length` is below 2^32. */
+export function encodeExtendedChunkHeader(
   buffer: Buffer,
   at: number,
   flags: number,
+  type: number,
   cookieHi: number,
   cookieLo: number,
-  offset: number,
+  offsetHi: number,
+  offsetLo: number,
   length: number,
 ): number {
-  const next = encodeChunkHeader(buffer, at, flags, ChunkType.OFFSET_DATA, cookieHi, cookieLo, 8 + length);
-  return put64(buffer, next, offset);
+  put32(buffer, at, EXTENDED_REPLY_MAGIC);
+  put16(buffer, at + 4, flags);
+  put16(buffer, at + 6, type);
+  put32(buffer, at + 8, cookieHi);
+  put32(buffer, at + 12, cookieLo);
+  put32(buffer, at + 16, offsetHi);
+  put32(buffer, at + 20, offsetLo);
+  put32(buffer, at + 24, 0);
+  put32(buffer, at + 28, length);
+  return at + EXTENDED_REPLY_HEADER_BYTES;
 }
 
-/** A whole OFFSET_HOLE chunk. `length` of the hole, bytes >= 1. */
-export function encodeHoleChunk(
-  buffer: Buffer,
-  at: number,
-  flags: number,
-  cookieHi: number,
-  cookieLo: number,
-  offset: number,
-  length: number,
-): number {
-  const next = encodeChunkHeader(buffer, at, flags, ChunkType.OFFSET_HOLE, cookieHi, cookieLo, 12);
-  return put32(buffer, put64(buffer, next, offset), length);
+/** Payload of OFFSET_DATA: where its data, which follows, lies in the device. */
+export function encodeDataPayloadHead(buffer: Buffer, at: number, offset: number): number {
+  return put64(buffer, at, offset);
 }
 
-/** A whole NONE chunk: the end of a reply that has nothing (more) to say. `flags` must have ChunkFlag.DONE. */
-export function encodeNoneChunk(
-  buffer: Buffer,
-  at: number,
-  flags: number,
-  cookieHi: number,
-  cookieLo: number,
-): number {
-  return encodeChunkHeader(buffer, at, flags, ChunkType.NONE, cookieHi, cookieLo, 0);
+/** Payload of OFFSET_HOLE. `length` of the hole, bytes >= 1 and below 2^32. */
+export function encodeHolePayload(buffer: Buffer, at: number, offset: number, length: number): number {
+  return put32(buffer, put64(buffer, at, offset), length);
 }
 
-/** Everything of a BLOCK_STATUS chunk but its extents, of which `extents` (>= 1) follow: STATUS_CHUNK_HEADER_BYTES. */
-export function encodeStatusChunkHeader(
-  buffer: Buffer,
-  at: number,
-  flags: number,
-  cookieHi: number,
-  cookieLo: number,
-  contextId: number,
-  extents: number,
-): number {
-  const length = 4 + EXTENT_BYTES * extents;
-  const next = encodeChunkHeader(buffer, at, flags, ChunkType.BLOCK_STATUS, cookieHi, cookieLo, length);
-  return put32(buffer, next, contextId);
+/** Payload of BLOCK_STATUS before its extents, of which at least one follows. */
+export function encodeStatusPayloadHead(buffer: Buffer, at: number, contextId: number): number {
+  return put32(buffer, at, contextId);
 }
 
-/** One extent of a BLOCK_STATUS chunk: its length in bytes, >= 1 and below 2^32, and its status in the chunk's context. */
+/** An extent of BLOCK_STATUS: its length in bytes, >= 1 and below 2^32, and its status in the chunk's context, 32 bits. */
 export function encodeExtent(buffer: Buffer, at: number, length: number, status: number): number {
   return put32(buffer, put32(buffer, at, length), status);
 }
 
+/** Payload of BLOCK_STATUS_EXT before its extents, of which `extents` >= 1 follow. */
+export function encodeExtendedStatusPayloadHead(
+  buffer: Buffer,
+  at: number,
+  contextId: number,
+  extents: number,
+): number {
+  return put32(buffer, put32(buffer, at, contextId), extents);
+}
+
+/** An extent of BLOCK_STATUS_EXT: as `encodeExtent`, but up to Number.MAX_SAFE_INTEGER bytes long. */
+export function encodeExtendedExtent(buffer: Buffer, at: number, length: number, status: number): number {
+  return put64(buffer, put64(buffer, at, length), status >>> 0);
+}
+
 /**
- * A whole ERROR chunk: at most ERROR_CHUNK_BYTES_MAX. `errno` is one of Errno but not OK; `message` is for a person's eyes,
+ * Payload of ERROR: at most ERROR_PAYLOAD_BYTES_MAX. `errno` is one of Errno but not OK; `message` is for a person's eyes,
  * may be empty, and is cut at STRING_BYTES_PREFERRED bytes.
  */
-export function encodeErrorChunk(
-  buffer: Buffer,
-  at: number,
-  flags: number,
-  cookieHi: number,
-  cookieLo: number,
-  errno: number,
-  message: string,
-): number {
-  const textAt = at + STRUCTURED_REPLY_HEADER_BYTES + 6;
-  const textLength = putText(buffer, textAt, message);
-  encodeChunkHeader(buffer, at, flags, ChunkType.ERROR, cookieHi, cookieLo, 6 + textLength);
-  put32(buffer, textAt - 6, errno);
-  put16(buffer, textAt - 2, textLength);
-  return textAt + textLength;
-}
-
-/** As `encodeErrorChunk`, and says at which `offset` of the device it went wrong: at most ERROR_OFFSET_CHUNK_BYTES_MAX. */
-export function encodeErrorOffsetChunk(
-  buffer: Buffer,
-  at: number,
-  flags: number,
-  cookieHi: number,
-  cookieLo: number,
-  errno: number,
-  message: string,
-  offset: number,
-): number {
-  const textAt = at + STRUCTURED_REPLY_HEADER_BYTES + 6;
-  const textLength = putText(buffer, textAt, message);
-  encodeChunkHeader(buffer, at, flags, ChunkType.ERROR_OFFSET, cookieHi, cookieLo, 14 + textLength);
-  put32(buffer, textAt - 6, errno);
-  put16(buffer, textAt - 2, textLength);
-  return put64(buffer, textAt + textLength, offset);
-}
-
-/** Buffer.write never cuts a character in two. */
-function putText(buffer: Buffer, at: number, text: string): number {
-  return text === '' ? 0 : buffer.write(text, at, STRING_BYTES_PREFERRED, 'utf8');
+export function encodeErrorPayload(buffer: Buffer, at: number, errno: number, message: string): number {
+  // Buffer.write never cuts a character in two.
+  const length = message === '' ? 0 : buffer.write(message, at + 6, STRING_BYTES_PREFERRED, 'utf8');
+  put16(buffer, put32(buffer, at, errno), length);
+  return at + 6 + length;
 }
 
 // Plain stores: a third of the time of Buffer's own writers, which check every value and place.

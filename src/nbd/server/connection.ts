@@ -9,10 +9,13 @@ import type { Logger } from 'pino';
 import { messageOf } from '../../errors.js';
 import type { BlockDevice } from '../device.js';
 import { describeTlsError, isTlsError } from '../tls.js';
+import type { Origin } from './access.js';
+import type { Counted } from './admission.js';
 import type { SelectedContext } from './contexts.js';
-import type { ExportDirectory } from './exports.js';
+import type { ExportDirectory, ExportEntry } from './exports.js';
 import { Handshake, type HandshakeResult } from './handshake.js';
 import type { ClientIdentity, TlsAcceptor } from './tls-acceptor.js';
+import { VisibleExports } from './visible-exports.js';
 
 /** The transmission phase of one connection. */
 export interface Session {
@@ -27,7 +30,11 @@ export interface Session {
 export interface SessionParameters {
   /** Released by the session when it is over. */
   device: BlockDevice;
+  /** Writes are refused, though the device may take them. Default: as the device says. */
+  readOnly?: boolean;
   structured: boolean;
+  /** Extended headers were agreed on, and with them structured replies. Default: false. */
+  extended?: boolean;
   contexts: readonly SelectedContext[];
   /** The first bytes of transmission, which came together with the end of the handshake. */
   rest: Buffer;
@@ -44,6 +51,9 @@ export type StartSession = (socket: net.Socket | Duplex, parameters: SessionPara
 
 export interface ConnectionParameters {
   exports: ExportDirectory;
+  listExports: boolean;
+  /** Why no more clients can be served an export now. */
+  refusal(entry: ExportEntry): string | undefined;
   startSession: StartSession;
   log: Logger;
   handshakeTimeoutMs: number;
@@ -51,6 +61,8 @@ export interface ConnectionParameters {
   tls: TlsAcceptor | null;
   /** Says that a client went wrong; `kind` comes from a bounded set. */
   complain(kind: string, detail: string, peer: string): void;
+  /** Says that a client asked for an export that it may not see. */
+  denied(entry: ExportEntry, peer: string, identity: ClientIdentity): void;
 }
 
 type State =
@@ -58,11 +70,11 @@ type State =
   /** TLS is on its way; then another handshake follows. */
   | { kind: 'starttls' }
   | { kind: 'session'; session: Session; exportName: string }
-  /** The last answer is on its way. */
-  | { kind: 'ending' }
+  /** The last answer is on its way; `served`: that of a session. */
+  | { kind: 'ending'; served: boolean }
   | { kind: 'closed' };
 
-export class Connection {
+export class Connection implements Counted {
   /** Resolves when the socket is closed and the session, if there was one, is over. */
   readonly closed: Promise<void>;
   /** The TLS socket once there is one. */
@@ -70,17 +82,20 @@ export class Connection {
   #identity: ClientIdentity = null;
   /** We cut it off: what TLS says about that is no news. */
   #givenUp = false;
+  readonly origin: Origin;
   readonly #parameters: ConnectionParameters;
-  readonly #peer: string;
+  /** For the log. */
+  readonly peer: string;
   /** Runs during the handshake, and whenever a last answer waits to be taken. */
   #deadline: NodeJS.Timeout;
   #state: State;
   #resolveClosed: () => void = () => {};
 
-  constructor(socket: net.Socket | Duplex, parameters: ConnectionParameters) {
+  constructor(socket: net.Socket | Duplex, origin: Origin, parameters: ConnectionParameters) {
     this.#socket = socket;
+    this.origin = origin;
     this.#parameters = parameters;
-    this.#peer = peerOf(socket);
+    this.peer = peerOf(socket);
     this.closed = new Promise((resolve) => {
       this.#resolveClosed = resolve;
     });
@@ -92,15 +107,23 @@ export class Connection {
   }
 
   #newHandshake(behindTls?: { noZeroes: boolean }): Handshake {
-    const { exports, tls, log } = this.#parameters;
+    const { exports, listExports, tls, log } = this.#parameters;
     const socket = this.#socket;
+    const identity = this.#identity;
     return new Handshake({
-      exports,
+      exports: new VisibleExports({
+        exports,
+        client: { origin: this.origin, identity },
+        secure: behindTls !== undefined,
+        denied: (entry) => this.#parameters.denied(entry, this.peer, identity),
+      }),
+      listExports,
+      refusal: (entry) => this.#parameters.refusal(entry),
       tls: tls?.mode ?? 'off',
       ...(behindTls === undefined ? {} : { behindTls }),
       send: (bytes) => socket.write(bytes),
       openFailed: (entry, error) =>
-        log.error({ err: error, export: entry.name, peer: this.#peer }, 'the export cannot be opened'),
+        log.error({ err: error, export: entry.name, peer: this.peer }, 'the export cannot be opened'),
     });
   }
 
@@ -120,6 +143,18 @@ export class Connection {
     this.#socket.off('end', this.#onEnd);
   }
 
+  get stage(): Counted['stage'] {
+    // A session that is cut off counts until its device is released.
+    if (this.#state.kind === 'session') return 'transmission';
+    if (this.#givenUp || this.#state.kind === 'closed') return 'ending';
+    return this.#state.kind === 'ending' && this.#state.served ? 'ending' : 'handshake';
+  }
+
+  giveWay(): void {
+    this.#givenUp = true;
+    this.#socket.destroy();
+  }
+
   /** The export it is served, once it is in transmission. */
   get exportName(): string | undefined {
     return this.#state.kind === 'session' ? this.#state.exportName : undefined;
@@ -133,7 +168,7 @@ export class Connection {
     if (await settledWithin(this.closed, inSession ? sessionTimeoutMs : handshakeTimeoutMs)) return;
     if (inSession)
       this.#parameters.log.warn(
-        { peer: this.#peer },
+        { peer: this.peer },
         'a client was cut off: its requests did not finish in time',
       );
     this.destroy();
@@ -153,7 +188,7 @@ export class Connection {
       result = this.#state.handshake.push(bytes);
     } catch (error) {
       this.#parameters.log.error(
-        { err: error, peer: this.#peer },
+        { err: error, peer: this.peer },
         'a handshake failed through a fault of ours',
       );
       this.#socket.destroy();
@@ -175,7 +210,7 @@ export class Connection {
 
   /** The client went away in the middle of the handshake: no fault, it may have seen enough. */
   readonly #onEnd = (): void => {
-    this.#state = { kind: 'ending' };
+    this.#state = { kind: 'ending', served: false };
     this.#socket.end();
   };
 
@@ -189,7 +224,7 @@ export class Connection {
     tls.accept(this.#socket, {
       secured: (socket, identity) => this.#secured(socket, identity, behindTls),
       failed: (kind, why) => {
-        if (!this.#givenUp) this.#parameters.complain(kind, why, this.#peer);
+        if (!this.#givenUp) this.#parameters.complain(kind, why, this.peer);
         this.#socket.destroy();
       },
     });
@@ -209,7 +244,7 @@ export class Connection {
   }
 
   #startSession(result: Extract<HandshakeResult, { kind: 'transmission' }>): void {
-    const { entry, device, structured, contexts, rest } = result;
+    const { entry, device, structured, extended, contexts, rest } = result;
     const { log, startSession } = this.#parameters;
     clearTimeout(this.#deadline);
     this.#stopReading();
@@ -217,19 +252,21 @@ export class Connection {
     try {
       session = startSession(this.#socket, {
         device,
+        readOnly: entry.readOnly,
         structured,
+        extended,
         contexts,
         rest,
         log: log.child({
           export: entry.name,
-          peer: this.#peer,
+          peer: this.peer,
           ...(this.#identity === null ? {} : { client: this.#identity.name }),
         }),
-        complain: (kind, detail) => this.#parameters.complain(kind, detail, this.#peer),
+        complain: (kind, detail) => this.#parameters.complain(kind, detail, this.peer),
       });
     } catch (error) {
       device.release();
-      this.#state = { kind: 'ending' };
+      this.#state = { kind: 'ending', served: false };
       this.#sessionFailed(error);
       this.#socket.destroy();
       return;
@@ -246,8 +283,8 @@ export class Connection {
   }
 
   #end({ reason, detail }: Extract<HandshakeResult, { kind: 'end' }>): void {
-    this.#state = { kind: 'ending' };
-    if (reason !== 'abort') this.#parameters.complain(reason, detail, this.#peer);
+    this.#state = { kind: 'ending', served: false };
+    if (reason !== 'abort') this.#parameters.complain(reason, detail, this.peer);
     // What the client still sends is read and dropped: unread bytes would turn our close into a reset, and a reset can
     // overtake the last answer.
     this.#socket.end();
@@ -256,18 +293,18 @@ export class Connection {
   #timedOut(): void {
     this.#givenUp = true;
     if (this.#state.kind === 'handshake' || this.#state.kind === 'starttls')
-      this.#parameters.complain('timeout', 'the handshake took too long', this.#peer);
+      this.#parameters.complain('timeout', 'the handshake took too long', this.peer);
     this.#socket.destroy();
   }
 
   readonly #onError = (error: NodeJS.ErrnoException): void => {
     if (this.#state.kind === 'handshake')
-      this.#parameters.complain(`socket-${error.code ?? 'error'}`, lossOf(error), this.#peer);
+      this.#parameters.complain(`socket-${error.code ?? 'error'}`, lossOf(error), this.peer);
     this.#socket.destroy(); // a TLS socket leaves that to us
   };
 
   #sessionFailed(error: unknown): void {
-    this.#parameters.log.error({ err: error, peer: this.#peer }, `a session failed: ${messageOf(error)}`);
+    this.#parameters.log.error({ err: error, peer: this.peer }, `a session failed: ${messageOf(error)}`);
   }
 
   readonly #onClose = (): void => {
@@ -280,7 +317,7 @@ export class Connection {
   /** The session has said all it had to say; the client has a while to take it. */
   #sessionClosed(): void {
     const socket = this.#socket;
-    this.#state = { kind: 'ending' };
+    this.#state = { kind: 'ending', served: true };
     if (socket.closed) {
       this.#onClose();
       return;

@@ -23,3 +23,25 @@ export function selectContexts(available: readonly string[], queries: readonly s
   const exact = new Set(queries);
   return available.map((name, index) => ({ id: index + 1, name })).filter(({ name }) => exact.has(name));
 }
+
+/** The payload of a BLOCK_STATUS that asks for some of the selected contexts: an effect length of 8 bytes, ids of 4. */
+export const FILTER_BYTES_MIN = 12;
+
+export function filterBytesMax(selected: readonly SelectedContext[]): number {
+  return 8 + 4 * selected.length;
+}
+
+/** What such a payload asks for; null if an id is of no selected context, or there twice. The length is rounded beyond 2^53. */
+export function filterContexts(
+  selected: readonly SelectedContext[],
+  payload: Buffer,
+): { length: number; contexts: SelectedContext[] } | null {
+  const contexts: SelectedContext[] = [];
+  for (let at = 8; at < payload.length; at += 4) {
+    const id = payload.readUInt32BE(at);
+    const context = selected.find((one) => one.id === id);
+    if (context === undefined || contexts.includes(context)) return null;
+    contexts.push(context);
+  }
+  return { length: Number(payload.readBigUInt64BE(0)), contexts };
+}

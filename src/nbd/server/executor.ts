@@ -5,8 +5,17 @@
  */
 
 import type { Logger } from 'pino';
-import { Command, CommandFlag, Errno, IN_FLIGHT_BYTES_MAX, IN_FLIGHT_REQUESTS_MAX } from '../constants.js';
+import {
+  Command,
+  CommandFlag,
+  Errno,
+  IN_FLIGHT_BYTES_MAX,
+  IN_FLIGHT_BYTES_TOTAL_MAX,
+  IN_FLIGHT_REQUESTS_MAX,
+  type ReplyForm,
+} from '../constants.js';
 import { type BlockDevice, LATER } from '../device.js';
+import type { Recorder } from '../log/recorder.js';
 import type { SelectedContext } from './contexts.js';
 import type { RequestHead } from './head.js';
 import type { Output } from './output.js';
@@ -17,8 +26,16 @@ import { failureOf } from './validate.js';
 
 /** Longer READs get a slab of their own from the start, so that they do not leave the ends of output slabs unused. */
 const SHARED_READ_BYTES_MAX = 128 << 10;
+/** Zeros of so many bytes are worth a question to the device, and a chunk of their own. */
+export const HOLE_READ_BYTES_MIN = 64 << 10;
+/** Bytes read for one session in one turn, before the other sessions have theirs; a BLOCK_STATUS counts as STATUS_BYTES. */
+const TURN_BYTES_MAX = 4 << 20;
+const STATUS_BYTES = 64 << 10;
 /** Request objects kept for reuse. */
 const SPARE_REQUESTS_MAX = 256;
+
+/** Memory bound by all sessions of this thread, as of the last `count` of each, bytes. */
+let boundBytes = 0;
 
 export class Executor implements RequestOwner {
   /** Requests the device has. */
@@ -29,35 +46,73 @@ export class Executor implements RequestOwner {
   abandoned = false;
   silent = false;
 
+  readonly extended: boolean;
+  /** Zeros at the beginning of a long READ are left out. */
+  readonly #finds: boolean;
+
   /** A READ's data is being put where the next answer would go: requests completed meanwhile are answered behind it. */
   #reading = false;
   readonly #deferred: Request[] = [];
   readonly #spare: Request[] = [];
   #faultLogged = false;
+  /** This session's part of `boundBytes`. */
+  #countedBytes = 0;
+  #turnBytes = 0;
 
   constructor(
     readonly pool: SlabPool,
     private readonly device: BlockDevice,
-    private readonly contexts: readonly SelectedContext[],
+    form: ReplyForm,
     private readonly output: Output,
     private readonly replies: Replies,
     private readonly log: Logger,
     /** A request was completed. */
     private readonly onCompleted: () => void,
-  ) {}
+    /** What a transaction log is told; null: there is none. */
+    readonly record: Recorder | null,
+  ) {
+    this.extended = form === 'extended';
+    // A log records a READ as it was sent, and as one.
+    this.#finds = form !== 'simple' && device.zeroesNow !== undefined && record === null;
+  }
+
+  /** Memory bound in requests, and in answers the client has not taken, bytes. */
+  get usedBytes(): number {
+    return this.bytes + this.output.bytes;
+  }
+
+  /** Tells the other sessions of this thread how much memory this one binds. */
+  count(): void {
+    const used = this.usedBytes;
+    boundBytes += used - this.#countedBytes;
+    this.#countedBytes = used;
+  }
+
+  beginTurn(): void {
+    this.#turnBytes = 0;
+  }
+
+  /** It is the other sessions' turn. */
+  get turnOver(): boolean {
+    return this.#turnBytes > TURN_BYTES_MAX;
+  }
 
   /** Whether a request that needs `bytes` of memory may begin. */
   admits(bytes: number): boolean {
-    if (this.active >= IN_FLIGHT_REQUESTS_MAX) return false;
-    const used = this.bytes + this.output.bytes;
-    return used === 0 || used + bytes <= IN_FLIGHT_BYTES_MAX;
+    if (this.active >= IN_FLIGHT_REQUESTS_MAX || this.turnOver || this.record?.full) return false;
+    const used = this.usedBytes;
+    if (used === 0) return true;
+    const ofOthers = boundBytes - this.#countedBytes;
+    return used + bytes <= IN_FLIGHT_BYTES_MAX && ofOthers + used + bytes <= IN_FLIGHT_BYTES_TOTAL_MAX;
   }
 
-  /** Half of what the limits allow is free. */
+  /** Half of what the limits allow is free; then any request is admitted. */
   get roomy(): boolean {
-    return (
-      this.active <= IN_FLIGHT_REQUESTS_MAX / 2 && this.bytes + this.output.bytes <= IN_FLIGHT_BYTES_MAX / 2
-    );
+    if (this.active > IN_FLIGHT_REQUESTS_MAX / 2 || this.record?.full) return false;
+    const used = this.usedBytes;
+    if (used === 0) return true;
+    const ofOthers = boundBytes - this.#countedBytes;
+    return used <= IN_FLIGHT_BYTES_MAX / 2 && ofOthers + used <= IN_FLIGHT_BYTES_TOTAL_MAX / 2;
   }
 
   /** Memory for a WRITE whose payload is still coming. */
@@ -73,34 +128,67 @@ export class Executor implements RequestOwner {
   }
 
   read(head: RequestHead): void {
+    if (head.length === 0) {
+      this.record?.answered(head, Errno.OK);
+      this.replies.emptyRead(head);
+    } else if (head.length < HOLE_READ_BYTES_MIN || !this.#finds || !this.#hole(head)) this.#readData(head);
+    if (this.#deferred.length > 0) this.#completeDeferred();
+  }
+
+  /**
+   * Answers the zeros that a READ begins with, if that is worth it, and leaves the rest of it in `head`: true if there is none. What the
+   * device says here is true until it is asked for data, or changed: both in steps of this thread, after this one.
+   */
+  #hole(head: RequestHead): boolean {
+    if ((head.flags & CommandFlag.DF) !== 0) return false;
+    const zeroes = Math.min(this.#zeroesNow(head.offset, head.length), head.length);
+    if (zeroes < HOLE_READ_BYTES_MIN) return false;
+    const whole = zeroes === head.length;
+    this.replies.hole(head, head.offset, zeroes, whole);
+    head.offset += zeroes;
+    head.length -= zeroes;
+    return whole;
+  }
+
+  #zeroesNow(offset: number, length: number): number {
+    try {
+      return this.device.zeroesNow!(offset, length);
+    } catch (error) {
+      this.#fault(error);
+      return 0;
+    }
+  }
+
+  #readData(head: RequestHead): void {
     const { offset, length } = head;
-    if (length === 0) this.replies.emptyRead(head.cookieHi, head.cookieLo);
-    else if (length > SHARED_READ_BYTES_MAX) this.#readLong(head);
+    this.#turnBytes += length;
+    if (length > SHARED_READ_BYTES_MAX) this.#readLong(head);
     else {
       const output = this.output;
       const headerBytes = this.replies.dataHeaderBytes;
       const at = output.reserve(headerBytes + length);
       const errno = this.#readNow(offset, length, output.buffer, at + headerBytes);
+      if (this.record !== null && errno !== LATER) this.record.answered(head, errno);
       if (errno === Errno.OK) {
-        this.replies.dataHeader(output.buffer, at, head.cookieHi, head.cookieLo, offset, length);
+        this.replies.dataHeader(output.buffer, at, head, offset, length);
         output.advance(headerBytes + length);
       } else if (errno === LATER) this.#hand(head, this.takeSlab(length));
-      else this.replies.error(head.cookieHi, head.cookieLo, failureOf(errno));
+      else this.#answer(head, errno);
     }
-    if (this.#deferred.length > 0) this.#completeDeferred();
   }
 
   #readLong(head: RequestHead): void {
-    const { cookieHi, cookieLo, offset, length } = head;
+    const { offset, length } = head;
     const slab = this.pool.take(length);
     const errno = this.#readNow(offset, length, slab.buffer, HEAD_ROOM);
-    if (errno === Errno.OK) this.replies.data(cookieHi, cookieLo, offset, length, slab);
+    if (this.record !== null && errno !== LATER) this.record.answered(head, errno);
+    if (errno === Errno.OK) this.replies.data(head, offset, length, slab);
     else if (errno === LATER) {
       this.bytes += slab.buffer.length;
       this.#hand(head, slab);
     } else {
       this.pool.give(slab);
-      this.replies.error(cookieHi, cookieLo, failureOf(errno));
+      this.#answer(head, errno);
     }
   }
 
@@ -130,18 +218,28 @@ export class Executor implements RequestOwner {
 
   /** FLUSH, TRIM, CACHE, WRITE_ZEROES. */
   command(head: RequestHead): void {
-    if (head.length === 0 && head.command !== Command.FLUSH) this.#answer(head, Errno.OK);
-    else this.#hand(head, null);
+    if (head.length === 0 && head.command !== Command.FLUSH) {
+      this.record?.answered(head, Errno.OK);
+      this.#answer(head, Errno.OK);
+    } else this.#hand(head, null);
   }
 
-  status(head: RequestHead): void {
-    const reply = { waiting: this.contexts.length, errno: Errno.OK as number };
+  /** BLOCK_STATUS in these contexts, at least one. */
+  status(head: RequestHead, contexts: readonly SelectedContext[]): void {
+    const reply = { waiting: contexts.length, errno: Errno.OK as number };
+    const number = this.record === null ? 0 : this.record.begin(head);
+    this.#turnBytes += STATUS_BYTES;
     const extentsMax = (head.flags & CommandFlag.REQ_ONE) !== 0 ? 1 : EXTENTS_MAX;
-    for (const { id, name } of this.contexts) {
+    for (const { id, name } of contexts) {
       const request = this.#begin(head, this.takeSlab(0));
+      request.number = number;
       request.beginStatus(name, id, extentsMax, reply);
       this.#give(request);
     }
+  }
+
+  changed(request: Request, offset: number, length: number): void {
+    if (this.record !== null && !request.recorded) this.record.changed(request, offset, length);
   }
 
   completed(request: Request, errno: number): void {
@@ -152,9 +250,10 @@ export class Executor implements RequestOwner {
     }
     this.active--;
     this.bytes -= request.charged;
+    if (this.record !== null && request.reply === null) this.record.completed(request, errno, !this.silent);
     if (request.reply !== null) this.#statusDone(request, errno);
     else if (request.command === Command.READ && errno === Errno.OK && !this.silent) {
-      this.replies.data(request.cookieHi, request.cookieLo, request.offset, request.length, request.slab!);
+      this.replies.data(request, request.offset, request.length, request.slab!);
     } else {
       if (request.slab !== null) this.pool.give(request.slab);
       if (!this.silent) this.#answer(request, errno);
@@ -178,6 +277,7 @@ export class Executor implements RequestOwner {
     const failure = errno !== Errno.OK || request.extents > 0 ? errno : Errno.EIO;
     if (reply.errno === Errno.OK) reply.errno = failure;
     const last = --reply.waiting === 0;
+    if (this.record !== null && last && !this.silent) this.record.reply(request, reply.errno);
     if (reply.errno === Errno.OK && !this.silent) {
       this.replies.status(request, last);
       return;
@@ -186,9 +286,9 @@ export class Executor implements RequestOwner {
     if (last && !this.silent) this.#answer(request, reply.errno);
   }
 
-  #answer(to: { readonly cookieHi: number; readonly cookieLo: number }, errno: number): void {
-    if (errno === Errno.OK) this.replies.success(to.cookieHi, to.cookieLo);
-    else this.replies.error(to.cookieHi, to.cookieLo, failureOf(errno));
+  #answer(to: RequestHead | Request, errno: number): void {
+    if (errno === Errno.OK) this.replies.success(to);
+    else this.replies.error(to, failureOf(errno, to.command, to.flags));
   }
 
   #readNow(offset: number, length: number, buffer: Buffer, at: number): number {
@@ -205,6 +305,7 @@ export class Executor implements RequestOwner {
 
   #writeNow(head: RequestHead, payload: Buffer, at: number): number {
     if ((head.flags & CommandFlag.FUA) !== 0) return LATER;
+    if (this.record !== null) return this.#recordedWriteNow(this.record, head, payload, at);
     try {
       return this.device.writeNow(head.offset, head.length, payload, at);
     } catch (error) {
@@ -213,9 +314,25 @@ export class Executor implements RequestOwner {
     }
   }
 
+  #recordedWriteNow(record: Recorder, head: RequestHead, payload: Buffer, at: number): number {
+    record.tryWrite(head, payload, at);
+    let errno: number = Errno.EIO;
+    try {
+      errno = this.device.writeNow(head.offset, head.length, payload, at);
+    } catch (error) {
+      this.#fault(error);
+    }
+    if (errno === Errno.OK) record.wrote();
+    else record.takeBackWrite();
+    if (errno !== Errno.OK && errno !== LATER) record.answered(head, errno);
+    return errno;
+  }
+
   /** Gives a request to the device; the slab was counted by `takeSlab`. */
   #hand(head: RequestHead, slab: Slab | null): void {
-    this.#give(this.#begin(head, slab));
+    const request = this.#begin(head, slab);
+    if (this.record !== null) request.number = this.record.begin(head);
+    this.#give(request);
   }
 
   #begin(head: RequestHead, slab: Slab | null): Request {

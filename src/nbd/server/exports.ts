@@ -1,14 +1,16 @@
 /** What a server offers, and how it describes it to clients. */
 import { TransmissionFlag } from '../constants.js';
 import type { BlockDevice } from '../device.js';
+import type { AccessRule } from './access.js';
 
 export interface ExportEntry {
   /** UTF-8 of 1 to STRING_BYTES_MAX bytes without NUL, unique in its directory. */
   name: string;
   /** For a person's eyes; empty: none. */
   description: string;
-  /** Bytes. Size and readOnly are those of the device that `open` gives: clients are told before it is opened. */
+  /** Bytes, as of the device that `open` gives: clients are told before it is opened. */
   size: number;
+  /** Writes are refused. True if they are by the device. */
   readOnly: boolean;
   /** Metadata contexts the device can report, each `namespace:leaf`. */
   contexts: readonly string[];
@@ -16,8 +18,14 @@ export interface ExportEntry {
   preferredBlock: number;
   /** FLUSH and FUA on one connection cover completed writes of all. */
   multiConn: boolean;
+  /** The device heeds FAST_ZERO. Default: false. */
+  fastZero?: boolean;
   /** Shown to and opened for clients behind TLS only. Default: false. */
   tlsOnly?: boolean;
+  /** Which clients may do what; the first rule that fits counts, and whom none fits sees nothing. Default: everybody may write. */
+  access?: readonly AccessRule[];
+  /** Clients in transmission at the same time, >= 1. Default: no limit but the listener's. */
+  connectionsMax?: number;
   /** Called once a client has chosen the export, never before; the session releases the device. May throw. */
   open(): BlockDevice;
 }
@@ -38,11 +46,12 @@ export function defaultOrNamed(entries: readonly ExportEntry[], name: string): E
 
 /**
  * The transmission flags of an export (TransmissionFlag). A read-only export offers no command that writes.
- * `structured`: structured replies were agreed on.
+ * `structured`: structured replies, or extended headers, were agreed on; `filters`: extended headers, and metadata contexts.
  */
 export function transmissionFlags(
-  device: { readonly readOnly: boolean; readonly multiConn: boolean },
+  device: { readonly readOnly: boolean; readonly multiConn: boolean; readonly fastZero?: boolean },
   structured: boolean,
+  filters = false,
 ): number {
   let flags =
     TransmissionFlag.HAS_FLAGS |
@@ -50,8 +59,12 @@ export function transmissionFlags(
     TransmissionFlag.SEND_FUA |
     TransmissionFlag.SEND_CACHE;
   if (device.readOnly) flags |= TransmissionFlag.READ_ONLY;
-  else flags |= TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES;
+  else {
+    flags |= TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES;
+    if (device.fastZero === true) flags |= TransmissionFlag.SEND_FAST_ZERO;
+  }
   if (structured) flags |= TransmissionFlag.SEND_DF;
+  if (filters) flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD;
   if (device.multiConn) flags |= TransmissionFlag.CAN_MULTI_CONN;
   return flags;
 }

@@ -10,14 +10,17 @@ import {
   CONNECTIONS_MAX,
   HANDSHAKE_DRAIN_TIMEOUT_MS,
   HANDSHAKE_TIMEOUT_MS,
+  HANDSHAKES_MAX,
   SESSION_DRAIN_TIMEOUT_MS,
 } from '../constants.js';
 import type { ServerTlsSettings } from '../tls.js';
+import { originOf } from './access.js';
+import { Admission } from './admission.js';
 import { Connection, type ConnectionParameters, type StartSession } from './connection.js';
-import type { ExportDirectory } from './exports.js';
+import type { ExportDirectory, ExportEntry } from './exports.js';
 import { type BoundServer, bind } from './sockets.js';
 import { openStdio } from './stdio.js';
-import { TlsAcceptor } from './tls-acceptor.js';
+import { type ClientIdentity, TlsAcceptor } from './tls-acceptor.js';
 
 export type { Session, SessionParameters, StartSession } from './connection.js';
 
@@ -28,8 +31,12 @@ export interface ListenerParameters {
   log: Logger;
   /** Default: no TLS. */
   tls?: ServerTlsSettings;
-  /** Default: CONNECTIONS_MAX. */
+  /** Default: true. False: clients must know the names. */
+  listExports?: boolean;
+  /** Clients in transmission, >= 1. Default: CONNECTIONS_MAX. */
   connectionsMax?: number;
+  /** Clients in the handshake, >= 1. Default: HANDSHAKES_MAX. */
+  handshakesMax?: number;
   /** Default: HANDSHAKE_TIMEOUT_MS. */
   handshakeTimeoutMs?: number;
   /** Default: HANDSHAKE_DRAIN_TIMEOUT_MS. */
@@ -44,7 +51,7 @@ export class Listener {
   readonly #parameters: ListenerParameters;
   readonly #tls: TlsAcceptor | null;
   readonly #connectionParameters: ConnectionParameters;
-  readonly #connections = new Set<Connection>();
+  readonly #admission: Admission<Connection>;
   readonly #servers: BoundServer[] = [];
   readonly #complained = new Set<string>();
   #resolveStdioClosed: () => void = () => {};
@@ -65,6 +72,8 @@ export class Listener {
   private constructor(parameters: ListenerParameters) {
     const { exports, startSession, log } = parameters;
     this.#parameters = parameters;
+    const { connectionsMax = CONNECTIONS_MAX, handshakesMax = HANDSHAKES_MAX } = parameters;
+    this.#admission = new Admission({ connectionsMax, handshakesMax });
     this.stdioClosed = new Promise((resolve) => {
       this.#resolveStdioClosed = resolve;
     });
@@ -78,11 +87,14 @@ export class Listener {
           return isClosing() || exports.shuttingDown;
         },
       },
+      listExports: parameters.listExports ?? true,
+      refusal: (entry) => this.#refusal(entry),
       startSession,
       log,
       tls: this.#tls,
       handshakeTimeoutMs: parameters.handshakeTimeoutMs ?? HANDSHAKE_TIMEOUT_MS,
       complain: (kind, detail, peer) => this.#complain(kind, detail, peer),
+      denied: (entry, peer, identity) => this.#denied(entry, peer, identity),
     };
   }
 
@@ -96,7 +108,7 @@ export class Listener {
       this.#servers.push(bound);
     }
     if (this.#parameters.addresses.some((address) => address.kind === 'stdio'))
-      void this.#accept(openStdio())?.closed.then(this.#resolveStdioClosed);
+      void (this.#accept(openStdio())?.closed ?? Promise.resolve()).then(this.#resolveStdioClosed);
   }
 
   /** The NBD URIs of an export (default: the default export) at all addresses that have one, those with TLS first. */
@@ -110,9 +122,7 @@ export class Listener {
 
   /** Clients in the transmission phase of an export. */
   connections(exportName: string): number {
-    let count = 0;
-    for (const connection of this.#connections) if (connection.exportName === exportName) count++;
-    return count;
+    return this.#admission.inTransmission(exportName);
   }
 
   /** Stops accepting, lets sessions finish their requests, cuts off what takes too long. */
@@ -130,35 +140,56 @@ export class Listener {
       ({ server }) => new Promise<void>((resolve) => server.close(() => resolve())),
     );
     await Promise.all(
-      [...this.#connections].map((connection) =>
-        connection.shutDown(handshakeDrainTimeoutMs, sessionDrainTimeoutMs),
-      ),
+      this.#admission
+        .all()
+        .map((connection) => connection.shutDown(handshakeDrainTimeoutMs, sessionDrainTimeoutMs)),
     );
     await Promise.all(serversClosed);
   }
 
   #accept(socket: net.Socket | Duplex): Connection | undefined {
-    const { connectionsMax = CONNECTIONS_MAX } = this.#parameters;
-    if (this.#closing !== undefined || this.#connections.size >= connectionsMax) {
-      if (this.#closing === undefined)
-        this.#complain('connections-max', `there are ${connectionsMax} already`, 'unknown');
+    const origin = originOf(socket);
+    if (this.#closing !== undefined || origin === undefined) {
       socket.on('error', () => {});
       socket.destroy();
       return undefined;
     }
-    const connection = new Connection(socket, this.#connectionParameters);
-    this.#connections.add(connection);
-    void connection.closed.then(() => this.#connections.delete(connection));
+    const pushedOut = this.#admission.makeRoom();
+    if (pushedOut !== undefined)
+      this.#complain(
+        'handshakes-max',
+        'it was the longest in the handshake of too many from its address',
+        pushedOut.peer,
+      );
+    const connection = new Connection(socket, origin, this.#connectionParameters);
+    this.#admission.add(connection);
+    void connection.closed.then(() => this.#admission.remove(connection));
     return connection;
   }
 
-  /** Logs each kind of trouble once: a client must not be able to fill the log. */
+  #refusal(entry: ExportEntry): string | undefined {
+    const refusal = this.#admission.refusal(entry);
+    if (refusal !== undefined) this.#logOnce('connections-max', {}, `a client was refused: ${refusal}`);
+    return refusal;
+  }
+
+  #denied(entry: ExportEntry, peer: string, identity: ClientIdentity): void {
+    const client = identity === null ? {} : { client: identity.name };
+    this.#logOnce(
+      'access',
+      { peer, export: entry.name, ...client },
+      'a client asked for an export that its access rules keep from it',
+    );
+  }
+
   #complain(kind: string, detail: string, peer: string): void {
+    this.#logOnce(kind, { peer }, `a client was cut off: ${detail}`);
+  }
+
+  /** Logs each kind of trouble once: a client must not be able to fill the log. */
+  #logOnce(kind: string, facts: Record<string, string>, message: string): void {
     if (this.#complained.has(kind)) return;
     this.#complained.add(kind);
-    this.#parameters.log.warn(
-      { kind, peer },
-      `a client was cut off: ${detail}; further ones of this kind are not logged`,
-    );
+    this.#parameters.log.warn({ kind, ...facts }, `${message}; further ones of this kind are not logged`);
   }
 }

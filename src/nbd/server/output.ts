@@ -4,7 +4,8 @@
  * Replies gather in a batch: small ones one after the other in the current slab (`reserve`, `advance`), those that
  * already lie in a slab of their own as they are (`push`). `flush` sends the batch as one gathered write. At most one
  * batch is with the socket; what comes meanwhile waits for it in the next one, so that however slowly the client reads,
- * the number of pieces queued stays small. Order between replies is free in NBD; each piece is whole.
+ * the number of pieces queued stays small. Order between replies is free in NBD, and each piece is whole; where it matters, between chunks
+ * of one reply, there is `fence`.
  *
  * Usually the kernel takes a batch at once. The stream tells (`writableLength` is 0 after the write), and its slabs are
  * reused in the same turn, still warm; otherwise when the write's callback comes.
@@ -16,7 +17,15 @@ import type { Slab, SlabPool } from './slab.js';
 /** Size of the slab replies gather in; a batch is sent when it is full. */
 export const OUTPUT_SLAB_BYTES = 512 << 10;
 
+/** Says when answers may leave. */
+export interface Gate {
+  /** False: not yet; whoever opens it sees to another `flush`. */
+  readonly open: boolean;
+}
+
 export class Output {
+  /** Null: always open. */
+  gate: Gate | null = null;
   /** Memory bound in replies the kernel has not taken yet, bytes. */
   bytes = 0;
   /** The current slab's memory. Changes with `reserve`. */
@@ -71,6 +80,11 @@ export class Output {
     this.bytes += length;
   }
 
+  /** What there is so far leaves before whatever comes next. */
+  fence(): void {
+    this.#endRun();
+  }
+
   /** Adds a reply that fills [start, end) of a slab; the slab is the output's from now on. */
   push(slab: Slab, start: number, end: number): void {
     slab.references++;
@@ -84,6 +98,7 @@ export class Output {
   flush(): void {
     const stream = this.#stream;
     if (stream === null || this.#settled !== this.#issued || this.#broken) return;
+    if (this.gate !== null && !this.gate.open) return;
     this.#endRun();
     const pieces = this.#pieces;
     if (pieces.length === 0) return;
@@ -99,7 +114,8 @@ export class Output {
     stream.write(pieces[last], this.#flushed);
     if (last > 0) stream.uncork();
     pieces.length = 0;
-    if (stream.writableLength === 0 && !stream.destroyed) this.#settle();
+    // Not `destroyed`: a client that hung up fails the write at once, but the stream is destroyed only later.
+    if (stream.writableLength === 0 && stream.writable) this.#settle();
   }
 
   /** The socket is gone: nothing is sent any more. Memory that may still be with the kernel is not reused. */

@@ -1,15 +1,16 @@
 /**
  * Received bytes -> requests, in place: a header is copied only if it came in parts, a WRITE's payload only if it did not
- * come whole. Chunks may be cut anywhere. Requests that break the rules are answered here; the payload of such a WRITE is
+ * come whole. Chunks may be cut anywhere. Requests that break the rules are answered here; the payload of such a request is
  * thrown away as it comes, without memory.
  */
 
-import { Command, PAYLOAD_BYTES_MAX, REQUEST_HEADER_BYTES } from '../constants.js';
+import { Command, EXTENDED_REQUEST_HEADER_BYTES, PAYLOAD_BYTES_MAX } from '../constants.js';
+import { FILTER_BYTES_MIN, filterBytesMax, filterContexts, type SelectedContext } from './contexts.js';
 import type { Executor } from './executor.js';
 import { RequestHead } from './head.js';
 import type { Replies } from './replies.js';
 import { HEAD_ROOM, type Slab } from './slab.js';
-import { type Refusal, type Rules, refusalOf, SHUTTING_DOWN } from './validate.js';
+import { type Refusal, type Rules, SHUTTING_DOWN, WRONG_FILTER } from './validate.js';
 
 /** What comes next. */
 const HEADER = 0;
@@ -17,21 +18,27 @@ const HEADER = 0;
 const BEGIN = 1;
 /** The rest of a WRITE's payload, into a slab. */
 const FILL = 2;
-/** The rest of a refused WRITE's payload. */
+/** The rest of a refused request's payload. */
 const SKIP = 3;
+/** The rest of the payload of a BLOCK_STATUS: which contexts it asks for. */
+const FILTER = 4;
 
 export class RequestParser {
   /** The next request does not fit into the limits yet: `parse` stopped before it, and begins with it next time. */
   stalled = false;
-  /** The client is done (DISC), or what it sends is no NBD: nothing more is to be parsed. */
-  over: 'disconnected' | 'garbage' | null = null;
+  /**
+   * The client is done (DISC), what it sends is no NBD, or (extended headers) announces a payload that is too long: nothing more is
+   * to be parsed.
+   */
+  over: 'disconnected' | 'garbage' | 'excess' | null = null;
 
-  readonly #head = new RequestHead();
-  readonly #header = Buffer.alloc(REQUEST_HEADER_BYTES);
+  readonly #head: RequestHead;
+  readonly #header = Buffer.alloc(EXTENDED_REQUEST_HEADER_BYTES);
   #headerBytes = 0;
   #state = HEADER;
   #missing = 0;
   #slab: Slab | null = null;
+  #filter: Buffer | null = null;
   #refusal: Refusal | null = null;
   #draining = false;
 
@@ -39,7 +46,11 @@ export class RequestParser {
     private readonly rules: Rules,
     private readonly executor: Executor,
     private readonly replies: Replies,
-  ) {}
+    private readonly contexts: readonly SelectedContext[],
+    private readonly extended: boolean,
+  ) {
+    this.#head = new RequestHead(extended);
+  }
 
   /** Takes the bytes [at, end) of `chunk`; returns how far it came: `end`, unless it is `stalled` or `over`. */
   parse(chunk: Buffer, at: number, end: number): number {
@@ -60,7 +71,7 @@ export class RequestParser {
         if (this.over !== null) return from;
       } else {
         const count = Math.min(this.#missing, end - from);
-        if (this.#state === FILL) this.#fill(chunk, from, count);
+        if (this.#state !== SKIP) this.#keep(chunk, from, count);
         this.#missing -= count;
         from += count;
         if (this.#missing > 0) return from;
@@ -72,7 +83,7 @@ export class RequestParser {
   /** From now on requests get ESHUTDOWN; so does a WRITE whose payload is not complete: it may never come. */
   drain(): void {
     this.#draining = true;
-    if (this.#state !== FILL) return;
+    if (this.#state !== FILL && this.#state !== FILTER) return;
     this.drop();
     this.#refusal = SHUTTING_DOWN;
     this.#state = SKIP;
@@ -87,14 +98,14 @@ export class RequestParser {
 
   #takeHeader(chunk: Buffer, at: number, end: number): number {
     const head = this.#head;
-    let next = at + REQUEST_HEADER_BYTES;
+    let next = at + head.bytes;
     let valid: boolean;
     if (this.#headerBytes === 0 && next <= end) valid = head.parse(chunk, at);
     else {
-      next = Math.min(at + REQUEST_HEADER_BYTES - this.#headerBytes, end);
+      next = Math.min(at + head.bytes - this.#headerBytes, end);
       chunk.copy(this.#header, this.#headerBytes, at, next);
       this.#headerBytes += next - at;
-      if (this.#headerBytes < REQUEST_HEADER_BYTES) return next;
+      if (this.#headerBytes < head.bytes) return next;
       this.#headerBytes = 0;
       valid = head.parse(this.#header, 0);
     }
@@ -105,64 +116,101 @@ export class RequestParser {
 
   /** Memory that the request will need at most. */
   #payloadBytes(): number {
-    const { command, length } = this.#head;
-    const carries = command === Command.READ || command === Command.WRITE;
+    const { command, length, payload } = this.#head;
+    const carries = command === Command.WRITE || (command === Command.READ && payload === 0);
     return carries && length <= PAYLOAD_BYTES_MAX ? length : 0;
   }
 
   /** Begins the request of the header, with what follows it in the chunk from `at` on. */
   #begin(chunk: Buffer, at: number, end: number): number {
-    const { executor, replies } = this;
+    const { executor } = this;
     const head = this.#head;
     const { command } = head;
     if (command === Command.DISC) {
       this.over = 'disconnected';
+      executor.record?.disconnected(head);
       return at;
     }
-    const refusal = this.#draining
-      ? SHUTTING_DOWN
-      : refusalOf(this.rules, command, head.flags, head.offset, head.length);
-    if (command === Command.WRITE && head.length > 0) return this.#beginWrite(chunk, at, end, refusal);
-    if (refusal !== null) replies.error(head.cookieHi, head.cookieLo, refusal);
+    if (head.payload > 0) return this.#beginPayload(chunk, at, end);
+    const refusal = this.#refusalOf(head.length);
+    if (refusal !== null) this.#refuse(refusal);
     else if (command === Command.READ) executor.read(head);
-    else if (command === Command.BLOCK_STATUS) executor.status(head);
+    else if (command === Command.BLOCK_STATUS) executor.status(head, this.contexts);
     else executor.command(head);
     return at;
   }
 
-  #beginWrite(chunk: Buffer, at: number, end: number, refusal: Refusal | null): number {
+  /** As `#begin`, of a request with a payload. */
+  #beginPayload(chunk: Buffer, at: number, end: number): number {
     const head = this.#head;
-    const { length } = head;
-    if (refusal !== null) {
-      this.#refusal = refusal;
-      this.#missing = length;
-      this.#state = SKIP;
+    const { payload, command } = head;
+    if (this.extended && payload > PAYLOAD_BYTES_MAX) {
+      this.over = 'excess'; // as doc/proto.md wants it; the payload of a compact WRITE has 4 GiB at most, and is read past
       return at;
     }
-    if (end - at >= length) {
+    const filters = this.extended && command === Command.BLOCK_STATUS;
+    let refusal = this.#refusalOf(filters ? 1 : head.length);
+    if (filters && refusal === null && !this.#holdsFilter(payload)) refusal = WRONG_FILTER;
+    this.#missing = payload;
+    if (refusal !== null) {
+      this.#refusal = refusal;
+      this.#state = SKIP;
+    } else if (filters) {
+      this.#filter ??= Buffer.alloc(filterBytesMax(this.contexts));
+      this.#state = FILTER;
+    } else if (end - at >= payload) {
       this.executor.write(head, chunk, at);
-      return at + length;
+      return at + payload;
+    } else {
+      this.#slab = this.executor.takeSlab(payload);
+      this.#state = FILL;
     }
-    this.#slab = this.executor.takeSlab(length);
-    this.#missing = length;
-    this.#state = FILL;
     return at;
   }
 
-  #fill(chunk: Buffer, at: number, count: number): void {
-    chunk.copy(this.#slab!.buffer, HEAD_ROOM + this.#head.length - this.#missing, at, at + count);
+  #refusalOf(length: number): Refusal | null {
+    if (this.#draining) return SHUTTING_DOWN;
+    const head = this.#head;
+    return this.rules.refusalOf(head.command, head.flags, head.offset, length);
+  }
+
+  #holdsFilter(bytes: number): boolean {
+    return bytes >= FILTER_BYTES_MIN && bytes <= filterBytesMax(this.contexts) && bytes % 4 === 0;
+  }
+
+  #keep(chunk: Buffer, at: number, count: number): void {
+    const done = this.#head.payload - this.#missing;
+    if (this.#state === FILL) chunk.copy(this.#slab!.buffer, HEAD_ROOM + done, at, at + count);
+    else chunk.copy(this.#filter!, done, at, at + count);
   }
 
   #endPayload(): void {
     const head = this.#head;
-    const filled = this.#state === FILL;
+    const state = this.#state;
     this.#state = HEADER;
-    if (!filled) {
-      this.replies.error(head.cookieHi, head.cookieLo, this.#refusal!);
+    if (state === SKIP) this.#refuse(this.#refusal!);
+    else if (state === FILTER) this.#filteredStatus();
+    else {
+      const slab = this.#slab!;
+      this.#slab = null;
+      this.executor.writeSlab(head, slab);
+    }
+  }
+
+  #refuse(refusal: Refusal): void {
+    this.executor.record?.answered(this.#head, refusal.errno);
+    this.replies.error(this.#head, refusal);
+  }
+
+  #filteredStatus(): void {
+    const head = this.#head;
+    const wanted = filterContexts(this.contexts, this.#filter!.subarray(0, head.payload));
+    const refusal = wanted === null ? WRONG_FILTER : this.#refusalOf(wanted.length);
+    if (refusal !== null) {
+      this.#refuse(refusal);
       return;
     }
-    const slab = this.#slab!;
-    this.#slab = null;
-    this.executor.writeSlab(head, slab);
+    head.length = wanted!.length;
+    this.executor.status(head, wanted!.contexts);
   }
 }

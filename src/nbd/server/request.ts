@@ -3,8 +3,8 @@
  * `complete` it belongs to the device, otherwise to the session.
  */
 
-import { EXTENT_BYTES } from '../codec/replies.js';
-import { Command } from '../constants.js';
+import { EXTENDED_EXTENT_BYTES, EXTENT_BYTES, encodeExtendedExtent, encodeExtent } from '../codec/replies.js';
+import { Command, CommandFlag } from '../constants.js';
 import type { StatusRequest } from '../device.js';
 import type { RequestHead } from './head.js';
 import { HEAD_ROOM, type Slab, type SlabPool } from './slab.js';
@@ -16,8 +16,14 @@ const NOTHING = Buffer.alloc(0);
 
 export interface RequestOwner {
   readonly pool: SlabPool;
+  /** Extended headers: extents have 64-bit lengths. */
+  readonly extended: boolean;
   /** The session is gone. */
   readonly abandoned: boolean;
+  /** `length` bytes at `offset` are as a change wanted them. */
+  changed(request: Request, offset: number, length: number): void;
+  /** So is the client: nothing can be sent. */
+  readonly silent: boolean;
   completed(request: Request, errno: number): void;
   completedTwice(): void;
 }
@@ -32,6 +38,9 @@ export class Request implements StatusRequest {
   command = 0;
   cookieHi = 0;
   cookieLo = 0;
+  /** Of the request as it came; `offset` is where the device begins, which may be behind zeros that were answered already. */
+  offsetHi = 0;
+  offsetLo = 0;
   offset = 0;
   length = 0;
   flags = 0;
@@ -42,6 +51,9 @@ export class Request implements StatusRequest {
   charged = 0;
   /** What it was completed with, if that is answered later. */
   errno = 0;
+  /** Its number in the transaction log, if there is one, and whether the change it makes is recorded there. */
+  number = 0;
+  recorded = false;
   /** The device threw while it had the request, and may still know it: neither it nor its memory is used again. */
   poisoned = false;
 
@@ -60,21 +72,25 @@ export class Request implements StatusRequest {
   constructor(private readonly owner: RequestOwner) {}
 
   get abandoned(): boolean {
-    return this.owner.abandoned;
+    // Behind a DISC changes are carried out, but what was read has nobody to go to.
+    return this.owner.abandoned || (this.owner.silent && this.command === Command.READ);
   }
 
   begin(head: RequestHead, slab: Slab | null): void {
     const flush = head.command === Command.FLUSH; // its offset and length mean nothing
     this.command = head.command;
-    this.flags = head.flags;
+    this.flags = head.flags & ~CommandFlag.PAYLOAD_LEN;
     this.cookieHi = head.cookieHi;
     this.cookieLo = head.cookieLo;
+    this.offsetHi = head.offsetHi;
+    this.offsetLo = head.offsetLo;
     this.offset = flush ? 0 : head.offset;
     this.length = flush ? 0 : head.length;
     this.slab = slab;
     this.charged = slab === null ? 0 : slab.buffer.length;
     this.buffer = slab === null ? NOTHING : slab.buffer;
     this.at = slab === null ? 0 : HEAD_ROOM;
+    this.recorded = false;
     this.#withDevice = true;
   }
 
@@ -90,6 +106,10 @@ export class Request implements StatusRequest {
 
   get withDevice(): boolean {
     return this.#withDevice;
+  }
+
+  changed(offset: number, length: number): void {
+    if (this.#withDevice) this.owner.changed(this, offset, length);
   }
 
   complete(errno: number): void {
@@ -128,10 +148,12 @@ export class Request implements StatusRequest {
   }
 
   #store(): void {
-    const at = this.at + (this.extents - 1) * EXTENT_BYTES;
-    if (at + EXTENT_BYTES > this.buffer.length) this.#grow();
-    this.buffer.writeUInt32BE(this.#lastLength, at);
-    this.buffer.writeUInt32BE(this.#lastStatus >>> 0, at + 4);
+    const { extended } = this.owner;
+    const bytes = extended ? EXTENDED_EXTENT_BYTES : EXTENT_BYTES;
+    const at = this.at + (this.extents - 1) * bytes;
+    if (at + bytes > this.buffer.length) this.#grow();
+    if (extended) encodeExtendedExtent(this.buffer, at, this.#lastLength, this.#lastStatus);
+    else encodeExtent(this.buffer, at, this.#lastLength, this.#lastStatus);
   }
 
   #grow(): void {

@@ -6,8 +6,10 @@
  *
  * Limits: a request is begun only while fewer than IN_FLIGHT_REQUESTS_MAX requests are with the device and its payload
  * fits into IN_FLIGHT_BYTES_MAX together with the memory of those and of answers the client has not taken. Otherwise the
- * session is *stalled*: it keeps its place in the chunk, stops receiving, and goes on when half of both is free. So
- * memory is bounded whatever the client does, and a client that does not read stops itself.
+ * session is *stalled*: it keeps its place in the chunk, stops receiving, and goes on when half of both is free (it looks now
+ * and then whether the client is still there, which it cannot hear of while it does not read). So
+ * memory is bounded whatever the client does, and a client that does not read stops itself. All sessions of a thread share
+ * IN_FLIGHT_BYTES_TOTAL_MAX; beyond it a session has one request at a time.
  *
  * Life:  open -> finishing (DISC, drain: waits for the device) -> flushing (waits for the client to take the answers)
  *        -> lingering (end sent, waits for the client's) -> closed. The client's end, or bytes that are no request, lead
@@ -18,6 +20,7 @@ import type net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { Logger } from 'pino';
 import type { BlockDevice } from '../device.js';
+import { Recorder } from '../log/recorder.js';
 import type { Session as ConnectionSession, SessionParameters } from './connection.js';
 import { Executor } from './executor.js';
 import { Output } from './output.js';
@@ -25,9 +28,12 @@ import { RequestParser } from './parser.js';
 import { Reception, type Sink } from './reception.js';
 import { Replies } from './replies.js';
 import { SlabPool } from './slab.js';
+import { Rules } from './validate.js';
 
 /** How long the client may take to read its last answers. */
 export const FLUSH_TIMEOUT_MS = 30_000;
+/** A stalled session, which reads nothing, looks so often whether its client is still there. */
+export const STALLED_LOOK_MS = 1_000;
 /** How long the client may take to close behind our end. */
 export const LINGER_TIMEOUT_MS = 1_000;
 
@@ -40,6 +46,8 @@ export type { SessionParameters } from './connection.js';
 export interface Session extends ConnectionSession {
   /** Requests the device has. */
   readonly inFlight: number;
+  /** Memory bound in them, and in answers the client has not taken, bytes. */
+  readonly inFlightBytes: number;
 }
 
 /**
@@ -61,6 +69,7 @@ class TransmissionSession implements Session, Sink {
   readonly #log: Logger;
   readonly #complain: (kind: string, detail: string) => void;
   readonly #output: Output;
+  readonly #record: Recorder | null;
   readonly #executor: Executor;
   readonly #parser: RequestParser;
   readonly #reception: Reception;
@@ -74,32 +83,46 @@ class TransmissionSession implements Session, Sink {
   #held: Buffer | null = null;
   #heldAt = 0;
   #heldEnd = 0;
+  /** It waits for nothing but the other sessions' turn. */
+  #heldForTurn = false;
+  /** Runs while there is one, and a little longer. */
+  #stalledLook: NodeJS.Timeout | null = null;
 
   /** Within #consume, whose end sends all that was answered meanwhile. */
   #consuming = false;
   #scheduled = false;
 
   constructor(socket: net.Socket | Duplex, parameters: SessionParameters) {
-    const { device, structured, contexts, rest, log } = parameters;
+    const { device, contexts, rest, log } = parameters;
+    const form = parameters.extended === true ? 'extended' : parameters.structured ? 'structured' : 'simple';
     this.closed = new Promise((resolve) => {
       this.#resolveClosed = resolve;
     });
     this.#device = device;
     this.#log = log;
     this.#complain = (kind, detail) => parameters.complain?.(kind, detail);
-    const { size, readOnly } = device;
-    const rules = { size, readOnly, structured, hasContexts: contexts.length > 0 };
+    const { size } = device;
+    const readOnly = device.readOnly || parameters.readOnly === true;
+    const fastZero = device.fastZero ?? false;
+    const rules = new Rules({ size, readOnly, fastZero, form, hasContexts: contexts.length > 0 });
     const output = new Output(slabs, this.#turn);
-    const replies = new Replies(output, slabs, structured);
+    const replies = new Replies(output, slabs, form);
     this.#output = output;
-    this.#executor = new Executor(slabs, device, contexts, output, replies, log, this.#schedule);
-    this.#parser = new RequestParser(rules, this.#executor, replies);
+    const { transactionLog = null } = device;
+    this.#record = transactionLog === null ? null : new Recorder(transactionLog, this.#turn);
+    output.gate = this.#record;
+    this.#executor = new Executor(slabs, device, form, output, replies, log, this.#schedule, this.#record);
+    this.#parser = new RequestParser(rules, this.#executor, replies, contexts, form === 'extended');
     this.#reception = new Reception(socket, rest, this);
     this.#reception.start();
   }
 
   get inFlight(): number {
     return this.#executor.active;
+  }
+
+  get inFlightBytes(): number {
+    return this.#executor.usedBytes;
   }
 
   drain(): Promise<void> {
@@ -125,9 +148,15 @@ class TransmissionSession implements Session, Sink {
 
   onEnd(): void {
     this.#clientEnded = true;
+    // What came before the end has not had its turn yet.
+    if (this.#held === null || !this.#heldForTurn) this.#ended();
+  }
+
+  #ended(): void {
     if (this.#phase === 'lingering') {
       if (this.#reception.stream.writableFinished) this.#reception.stream.destroy();
     } else if (this.#parser.over !== 'disconnected') this.#abandon();
+    else if (this.#phase === 'finishing') this.#setTimer(FLUSH_TIMEOUT_MS); // it may still read, but not for ever
   }
 
   onError(error: NodeJS.ErrnoException): void {
@@ -138,11 +167,13 @@ class TransmissionSession implements Session, Sink {
   onClose(): void {
     this.#phase = 'closed';
     if (this.#timer !== null) clearTimeout(this.#timer);
+    this.#stopLooking();
     if (this.#parser.over !== 'disconnected') this.#executor.abandoned = true;
     this.#executor.silent = true;
     this.#held = null;
     this.#parser.drop();
     this.#output.release();
+    this.#record?.close();
     this.#release();
     this.#advance();
   }
@@ -151,15 +182,21 @@ class TransmissionSession implements Session, Sink {
   #consume(chunk: Buffer, at: number, end: number): boolean {
     const parser = this.#parser;
     if ((this.#phase !== 'open' && this.#phase !== 'finishing') || parser.over !== null) return true;
+    const executor = this.#executor;
     this.#consuming = true;
+    executor.beginTurn();
     let from = at;
     do {
       from = parser.parse(chunk, from, end);
       this.#output.flush();
-    } while (parser.stalled && this.#executor.roomy);
+    } while (parser.stalled && executor.roomy && !executor.turnOver);
     this.#consuming = false;
-    if (parser.over === 'garbage') {
-      this.#complain('request-magic', 'it sent no NBD request where one was due');
+    this.#heldForTurn = executor.turnOver && executor.roomy;
+    if (parser.stalled && executor.turnOver) this.#schedule();
+    if (parser.over === 'garbage' || parser.over === 'excess') {
+      if (parser.over === 'garbage')
+        this.#complain('request-magic', 'it sent no NBD request where one was due');
+      else this.#complain('payload-too-long', 'it announced a payload beyond the maximum');
       this.#abandon();
       return true;
     }
@@ -167,8 +204,19 @@ class TransmissionSession implements Session, Sink {
     this.#held = parser.stalled ? chunk : null;
     this.#heldAt = from;
     this.#heldEnd = end;
+    if (this.#held !== null) this.#stalledLook ??= setInterval(this.#look, STALLED_LOOK_MS);
     this.#advance();
     return this.#held === null;
+  }
+
+  readonly #look = (): void => {
+    if (this.#held === null) this.#stopLooking();
+    else if (!this.#heldForTurn && this.#reception.peerGone) this.#abandon();
+  };
+
+  #stopLooking(): void {
+    if (this.#stalledLook !== null) clearInterval(this.#stalledLook);
+    this.#stalledLook = null;
   }
 
   /**
@@ -184,16 +232,17 @@ class TransmissionSession implements Session, Sink {
   /** The device completed requests, or the client took answers. */
   readonly #turn = (): void => {
     this.#scheduled = false;
+    this.#output.flush(); // before the question for room: what the kernel takes at once nobody tells of again
     if (this.#held !== null && this.#executor.roomy) {
       // A client that hung up meanwhile may be back on another connection, and have sent these requests again there, and
       // others after them: none of what was not begun may be carried out on top.
-      if (this.#reception.peerGone) {
-        this.#output.flush();
-        this.#abandon();
-      } else if (this.#consume(this.#held, this.#heldAt, this.#heldEnd)) this.#reception.resume();
+      if (!this.#heldForTurn && this.#reception.peerGone) this.#abandon();
+      else if (this.#consume(this.#held, this.#heldAt, this.#heldEnd)) {
+        this.#reception.resume();
+        if (this.#clientEnded) this.#ended();
+      }
       return;
     }
-    this.#output.flush();
     this.#advance();
   };
 
@@ -219,6 +268,7 @@ class TransmissionSession implements Session, Sink {
 
   /** Takes the life's next step, if it is time. */
   #advance(): void {
+    this.#executor.count();
     if (this.#phase === 'finishing' && this.#executor.active === 0) this.#beginFlush();
     if (this.#phase === 'flushing' && this.#output.bytes === 0) {
       this.#phase = 'lingering';

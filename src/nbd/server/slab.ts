@@ -8,8 +8,8 @@
  * out in parts.
  */
 
-/** Bytes before the payload: room for the longest reply header that precedes one (28), rounded up. */
-export const HEAD_ROOM = 32;
+/** Bytes before the payload: room for the longest reply header that precedes one (40, of extended headers), rounded up. */
+export const HEAD_ROOM = 64;
 
 const CLASS_BITS_MIN = 12;
 const CLASS_BITS_MAX = 20;

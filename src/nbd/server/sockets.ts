@@ -4,6 +4,7 @@ import net from 'node:net';
 import { dirname, resolve } from 'node:path';
 import { BlockferryError, messageOf } from '../../errors.js';
 import { formatListenAddress, type ListenAddress } from '../address.js';
+import { KEEPALIVE_IDLE_MS } from '../constants.js';
 
 const NO_FOLDER = 'the folder does not exist: create it first';
 
@@ -97,7 +98,10 @@ function listen(
   accept: (socket: net.Socket) => void,
 ): Promise<net.Server> {
   return new Promise((resolveServer, reject) => {
-    const server = net.createServer({ allowHalfOpen: true, noDelay: true }, accept);
+    const server = net.createServer(
+      { allowHalfOpen: true, noDelay: true, keepAlive: true, keepAliveInitialDelay: KEEPALIVE_IDLE_MS },
+      accept,
+    );
     const failed = (error: NodeJS.ErrnoException) => {
       reject(
         new BlockferryError(

@@ -3,11 +3,11 @@
  * «Error values». Pure, and free of allocation: every refusal is a constant.
  */
 
-import { Command, CommandFlag, Errno, PAYLOAD_BYTES_MAX } from '../constants.js';
+import { Command, CommandFlag, Errno, PAYLOAD_BYTES_MAX, type ReplyForm } from '../constants.js';
 
 export interface Refusal {
   readonly errno: number;
-  /** For structured replies. */
+  /** For error chunks. */
   readonly message: string;
 }
 
@@ -21,6 +21,11 @@ export const OUT_OF_BOUNDS = refusal(Errno.EINVAL, 'beyond the end of the export
 export const NO_SPACE = refusal(Errno.ENOSPC, 'beyond the end of the export');
 export const NO_CONTEXT = refusal(Errno.EINVAL, 'no metadata context selected');
 export const EMPTY_STATUS = refusal(Errno.EINVAL, 'block status of length 0');
+export const PAYLOAD_UNEXPECTED = refusal(Errno.EINVAL, 'a payload with a command that takes none');
+export const WRONG_FILTER = refusal(
+  Errno.EINVAL,
+  'the payload does not name selected metadata contexts, each once',
+);
 export const SHUTTING_DOWN = refusal(Errno.ESHUTDOWN, 'the server is shutting down');
 
 const EIO = refusal(Errno.EIO, 'input/output error');
@@ -35,61 +40,76 @@ const FAILURES = new Map<number, Refusal>(
   ].map((failure) => [failure.errno, failure]),
 );
 
-/** What a device's errno is on the wire: values the protocol does not allow for these commands become EIO. */
-export function failureOf(errno: number): Refusal {
+const NOT_FAST = refusal(Errno.ENOTSUP, 'not faster than writing zeroes');
+
+/** What a device's errno is on the wire: values the protocol does not allow for the command become EIO. */
+export function failureOf(errno: number, command: number, flags: number): Refusal {
+  if (errno === Errno.ENOTSUP && command === Command.WRITE_ZEROES && (flags & CommandFlag.FAST_ZERO) !== 0)
+    return NOT_FAST;
   return FAILURES.get(errno) ?? EIO;
 }
 
 /** What of a session decides which requests are valid. */
-export interface Rules {
+export interface SessionFacts {
   /** Bytes. */
   readonly size: number;
   readonly readOnly: boolean;
-  readonly structured: boolean;
+  /** FAST_ZERO is offered. */
+  readonly fastZero: boolean;
+  readonly form: ReplyForm;
   /** At least one metadata context is selected. */
   readonly hasContexts: boolean;
 }
 
-/** Flags allowed per command, by command number; FUA is accepted on every command. */
-const FLAGS: readonly number[] = [
-  CommandFlag.FUA, // READ; DF with structured replies
-  CommandFlag.FUA, // WRITE
-  0xffff, // DISC has no reply to refuse it with
-  CommandFlag.FUA, // FLUSH
-  CommandFlag.FUA, // TRIM
-  CommandFlag.FUA, // CACHE
-  CommandFlag.FUA | CommandFlag.NO_HOLE, // WRITE_ZEROES; FAST_ZERO is not advertised
-  CommandFlag.FUA | CommandFlag.REQ_ONE, // BLOCK_STATUS
-];
+const { READ, WRITE, DISC, FLUSH, TRIM, WRITE_ZEROES, BLOCK_STATUS } = Command;
 
-const changes = (command: number): boolean =>
-  command === Command.WRITE || command === Command.TRIM || command === Command.WRITE_ZEROES;
+export class Rules {
+  readonly #size: number;
+  readonly #readOnly: boolean;
+  readonly #extended: boolean;
+  readonly #hasContexts: boolean;
+  /** Flags allowed, by command number; FUA is accepted on every command. */
+  readonly #flags: readonly number[];
 
-/**
- * Why a request is refused, or null. `offset` is the 64-bit offset as a number: beyond 2^53 it is rounded, and beyond
- * every size. Order: command, flags, read-only, what the command itself asks for, bounds.
- */
-export function refusalOf(
-  rules: Rules,
-  command: number,
-  flags: number,
-  offset: number,
-  length: number,
-): Refusal | null {
-  if (command >= FLAGS.length) return UNKNOWN_COMMAND;
-  let allowed = FLAGS[command]!;
-  if (command === Command.READ && rules.structured) allowed |= CommandFlag.DF;
-  if ((flags & ~allowed) !== 0) return UNKNOWN_FLAG;
-  if (command === Command.FLUSH || command === Command.DISC) return null;
-  if (rules.readOnly && changes(command)) return READ_ONLY;
-  if (command === Command.BLOCK_STATUS) {
-    if (!rules.structured || !rules.hasContexts) return NO_CONTEXT;
-    if (length === 0) return EMPTY_STATUS;
+  constructor({ size, readOnly, fastZero, form, hasContexts }: SessionFacts) {
+    this.#size = size;
+    this.#readOnly = readOnly;
+    this.#extended = form === 'extended';
+    this.#hasContexts = hasContexts && form !== 'simple';
+    const { FUA, DF, NO_HOLE, REQ_ONE, FAST_ZERO, PAYLOAD_LEN } = CommandFlag;
+    const flags = new Array<number>(BLOCK_STATUS + 1).fill(FUA);
+    if (form !== 'simple') flags[READ]! |= DF;
+    flags[DISC] = 0xffff; // it has no reply to refuse it with
+    flags[WRITE_ZEROES]! |= fastZero ? NO_HOLE | FAST_ZERO : NO_HOLE;
+    flags[BLOCK_STATUS]! |= REQ_ONE;
+    if (this.#extended) {
+      flags[WRITE]! |= PAYLOAD_LEN;
+      if (this.#hasContexts) flags[BLOCK_STATUS]! |= PAYLOAD_LEN;
+    }
+    this.#flags = flags;
   }
-  if (length > PAYLOAD_BYTES_MAX && (command === Command.READ || command === Command.WRITE)) return TOO_LONG;
-  // Subtraction, not addition: it cannot round or wrap.
-  if (offset > rules.size || length > rules.size - offset) {
-    return command === Command.WRITE || command === Command.WRITE_ZEROES ? NO_SPACE : OUT_OF_BOUNDS;
+
+  /**
+   * Why a request is refused, or null. `offset` and `length` are the 64-bit numbers of the wire: beyond 2^53 they are rounded, and
+   * beyond every size. Order: command, flags, read-only, what the command itself asks for, bounds. A BLOCK_STATUS whose payload has the
+   * length that matters is asked about again with that length.
+   */
+  refusalOf(command: number, flags: number, offset: number, length: number): Refusal | null {
+    if (command >= this.#flags.length)
+      return this.#extended && (flags & CommandFlag.PAYLOAD_LEN) !== 0 ? PAYLOAD_UNEXPECTED : UNKNOWN_COMMAND;
+    const wrong = flags & ~this.#flags[command]!;
+    if (wrong !== 0)
+      return this.#extended && wrong === CommandFlag.PAYLOAD_LEN ? PAYLOAD_UNEXPECTED : UNKNOWN_FLAG;
+    if (command === FLUSH || command === DISC) return null;
+    if (this.#readOnly && (command === WRITE || command === TRIM || command === WRITE_ZEROES))
+      return READ_ONLY;
+    if (command === BLOCK_STATUS) {
+      if (!this.#hasContexts) return NO_CONTEXT;
+      if (length === 0) return EMPTY_STATUS;
+    } else if (length > PAYLOAD_BYTES_MAX && (command === READ || command === WRITE)) return TOO_LONG;
+    // Subtraction, not addition: it cannot round or wrap.
+    if (offset > this.#size || length > this.#size - offset)
+      return command === WRITE || command === WRITE_ZEROES ? NO_SPACE : OUT_OF_BOUNDS;
+    return null;
   }
-  return null;
 }

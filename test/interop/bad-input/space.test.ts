@@ -1,14 +1,16 @@
 // No room at the destination: the daemon lives, the guest's writes are told, its reads go on, and so does all else once there is room.
 import assert from 'node:assert/strict';
 import { spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, test } from 'node:test';
 import { ControlClient } from '../../../src/host/control/client.js';
+import { playBack } from '../../lab/crash/transactions.js';
 import { DaemonProcess, runBlockferry } from '../../lab/hosts.js';
+import { recordsOf } from '../../support/transaction-log.js';
 import { assertSame, pattern } from '../clients/disks.js';
-import { needsLibnbd, PYTHON, tool } from '../tools.js';
-import { eventually, inFolder } from './refusals.js';
+import { needs, needsLibnbd, PYTHON, tool } from '../tools.js';
+import { assertRefusal, eventually, inFolder } from './refusals.js';
 
 const MIB = 1 << 20;
 const SIZE = 16 * MIB;
@@ -155,4 +157,63 @@ describe('no room at the destination', needsMounts(), () => {
         }
       }),
     ));
+});
+
+describe('no room for the transaction log', needsMounts(), () => {
+  test('the log ends at a whole record and says so, the disk is served on', { ...needs('nbd-trplay') }, () =>
+    inFolder((folder) =>
+      withLittleRoom(folder, async (small) => {
+        const content = pattern(SIZE, 5);
+        const [image, start, log] = [
+          join(folder, 'disk.img'),
+          join(folder, 'start.img'),
+          join(small, 'disk.log'),
+        ];
+        for (const path of [image, start]) writeFileSync(path, content);
+        const state = join(folder, 'state');
+        const words = [
+          ...[
+            'serve',
+            image,
+            '--name',
+            'disk',
+            '--state-dir',
+            state,
+            '--listen',
+            `unix:${join(folder, 's')}`,
+          ],
+          ...['--transaction-log', log, '--transaction-log-data'],
+        ];
+        const daemon = await DaemonProcess.start(words);
+        try {
+          const answers = await guest(
+            daemon.uris[0],
+            `print(*[errno_of(h.pwrite, bytes([65 + i]) * (1 << 20), i << 20) for i in range(16)], errno_of(h.flush))`,
+          );
+          assert.equal(answers, Array(17).fill('OK').join(' '));
+          for (let mib = 0; mib < 16; mib++) content.fill(65 + mib, mib * MIB, (mib + 1) * MIB);
+          assertSame(readFileSync(image), content);
+          const told = await runBlockferry(['status', '--state-dir', state]);
+          assert.match(told.stdout, /^ {2}disk +plain .*transaction log .* has ended, .*ENOSPC/m);
+          assert.equal(daemon.stderr.match(/transaction log .* has ended/g)?.length, 1, daemon.stderr);
+          assert.equal(await daemon.stop(), 0, daemon.stderr);
+          const records = recordsOf(readFileSync(log));
+          assert.equal(records.at(-1)!.end, statSync(log).size);
+          await playBack(log, start);
+          const written = records.filter(({ payload }) => payload !== null).length;
+          assert.ok(written >= 3 && written <= 5, `${written} writes`);
+          const played = readFileSync(start);
+          assertSame(played.subarray(0, written * MIB), content.subarray(0, written * MIB));
+
+          // There is no room even to begin: that fails the start.
+          writeFileSync(join(small, 'rest'), Buffer.alloc(ROOM - statSync(log).size - 4096 * 4));
+          spawnSync('sh', ['-c', 'cat /dev/zero > "$1"', 'sh', join(small, 'more')]);
+          const failed = await runBlockferry(words.with(words.indexOf(log), join(small, 'new.log')));
+          assertRefusal(failed, 1, /cannot write the transaction log .*ENOSPC/, 'a full disk');
+        } finally {
+          daemon.kill();
+        }
+      }),
+    ),
+  );
 });

@@ -55,7 +55,7 @@ for (const state of STATES) {
             is_read_only: false,
             can_cache: true,
             can_df: true,
-            can_fast_zero: false,
+            can_fast_zero: true,
             can_flush: true,
             can_fua: true,
             can_multi_conn: true,

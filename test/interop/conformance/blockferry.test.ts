@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, type TestContext, test } from 'node:test';
 import { DaemonProcess } from '../../lab/hosts.js';
+import { ALL_INSTALLED } from '../../lab/programs.js';
 import { makePki, type Pki } from '../../support/pki.js';
 import type { Case } from './case.js';
 import { tlsCases } from './cases/tls.js';
@@ -14,14 +15,12 @@ import { probe, type Target } from './target.js';
 const SIZE = 80 << 20;
 /** What blockferry does not offer, or not to this client; the cases' reasons. */
 const NOT_OFFERED: readonly string[] = [
-  'extended headers',
   'a server that demands TLS',
   'a server without NO_ZEROES',
   'a server without CACHE',
   'a server without TRIM',
   'a minimum block above 1',
-  "libnbd's Python module",
-  '/usr/bin/python3',
+  ...(ALL_INSTALLED ? [] : ["libnbd's Python module", '/usr/bin/python3']),
 ];
 
 let folder: string;

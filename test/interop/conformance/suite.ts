@@ -3,6 +3,8 @@ import { type Case, Lab, NotOffered } from './case.js';
 import { contextCases } from './cases/contexts.js';
 import { dataCases } from './cases/data.js';
 import { extendedCases } from './cases/extended.js';
+import { extendedRequestCases } from './cases/extended-requests.js';
+import { fastZeroCases } from './cases/fast-zero.js';
 import { greetingCases } from './cases/greeting.js';
 import { infoCases } from './cases/info.js';
 import { libnbdCases } from './cases/libnbd.js';
@@ -24,10 +26,12 @@ export const CASES: readonly Case[] = [
   ...contextCases,
   ...tlsCases,
   ...extendedCases,
+  ...extendedRequestCases,
   ...requestCases,
   ...validityCases,
   ...limitCases,
   ...dataCases,
+  ...fastZeroCases,
   ...statusCases,
   ...libnbdCases,
 ];

@@ -7,7 +7,10 @@ import {
   ChunkFlag,
   ChunkType,
   Command,
+  CommandFlag,
   Errno,
+  EXTENDED_REPLY_MAGIC,
+  EXTENDED_REQUEST_MAGIC,
   REQUEST_MAGIC,
   SIMPLE_REPLY_MAGIC,
   STRING_BYTES_MAX,
@@ -17,11 +20,8 @@ import type { Context, ExportFacts } from './haggle.js';
 import { text } from './haggle.js';
 import type { Wire } from './wire.js';
 
-/** Source: doc/proto.md of the branch extension-ext-header. */
-export const EXTENDED_REQUEST_MAGIC = 0x21e41c71;
-export const EXTENDED_REPLY_MAGIC = 0x6e8a278c;
-export const PAYLOAD_LEN = 1 << 5;
-const BLOCK_STATUS_EXT = 6;
+export const { PAYLOAD_LEN } = CommandFlag;
+const { BLOCK_STATUS_EXT } = ChunkType;
 /** No chunk here has reason to be longer: the largest payload asked for is 64 MiB. */
 const CHUNK_BYTES_MAX = (64 << 20) + 4096;
 
@@ -169,7 +169,8 @@ export class Transmission {
   }
 
   async write(offset: number | bigint, payload: Buffer, flags = 0): Promise<void> {
-    await this.done({ command: Command.WRITE, offset, payload, flags });
+    const own = this.agreed.extended ? PAYLOAD_LEN : 0;
+    await this.done({ command: Command.WRITE, offset, payload, flags: flags | own });
   }
 
   /** The connection is still of use: a small read is answered. */
@@ -246,6 +247,12 @@ export class Transmission {
       extents(pending, type === BLOCK_STATUS_EXT, payload);
     else if (type >= 0x8000) failure(pending.answer, type, payload);
     else throw new Error(`chunks of type ${type} are not known`);
+    if (type === ChunkType.BLOCK_STATUS || type === BLOCK_STATUS_EXT)
+      assert.equal(
+        type === BLOCK_STATUS_EXT,
+        this.agreed.extended,
+        'BLOCK_STATUS_EXT with extended headers only',
+      );
     pending.answer.chunks.push(chunk);
     if ((flags & ChunkFlag.DONE) === 0) return;
     if (pending.command === Command.READ && pending.answer.errno === Errno.OK)

@@ -1,10 +1,12 @@
 /** Daemons that a test starts, talks to and kills. */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
+import { readdirSync, readFileSync, readlinkSync, writeFileSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { BlockferryError, type ErrorCode } from '../../../src/errors.js';
-import type { ChildCommand, OpenCommand } from '../proxy-child.js';
+import type { VolumeStatus } from '../../../src/host/service.js';
+import type { ChildCommand, Load, OpenCommand } from '../proxy-child.js';
 
 const CHILD = fileURLToPath(new URL('../proxy-child.js', import.meta.url));
 const COMMAND = fileURLToPath(new URL('../../../../bin/blockferry', import.meta.url));
@@ -104,8 +106,43 @@ export class ChildDaemon extends Daemon {
   }
 
   /** The URI of the guest's export. */
-  open(volume: OpenCommand['volume'], socket: string): Promise<string> {
-    return this.command<string>({ do: 'open', volume, socket });
+  open(
+    volume: OpenCommand['volume'],
+    socket: string,
+    more: Pick<OpenCommand, 'tcp' | 'listener'> = {},
+  ): Promise<string> {
+    return this.command<string>({ do: 'open', volume, socket, ...more });
+  }
+
+  status(): Promise<VolumeStatus> {
+    return this.command({ do: 'status' });
+  }
+
+  load(): Promise<Load> {
+    return this.command({ do: 'load' });
+  }
+
+  /** The most memory it had resident since it began, or since `forgetPeak`, bytes. */
+  peakBytes(): number {
+    const text = readFileSync(`/proc/${this.process.pid}/status`, 'utf8');
+    return Number(/^VmHWM:\s+(\d+) kB$/m.exec(text)![1]) * 1024;
+  }
+
+  forgetPeak(): void {
+    writeFileSync(`/proc/${this.process.pid}/clear_refs`, '5');
+  }
+
+  /** Sockets it has open. */
+  sockets(): number {
+    const folder = `/proc/${this.process.pid}/fd`;
+    const targets = readdirSync(folder).map((name) => {
+      try {
+        return readlinkSync(`${folder}/${name}`);
+      } catch {
+        return ''; // closed meanwhile
+      }
+    });
+    return targets.filter((target) => target.startsWith('socket:')).length;
   }
 
   end(): void {

@@ -58,9 +58,14 @@ export class Machine {
     return this.#power.stepsSinceArmed;
   }
 
-  /** Power is lost, and comes back. No daemon may run. */
-  losePower(random: Random, loss: Loss): void {
-    this.#power.strike(random, loss);
+  /** What happened since the boot: of it any number of losses can be drawn. */
+  get power(): PowerLoss {
+    return this.#power;
+  }
+
+  /** Power is lost, and comes back. No daemon may run. `power`: of which boot, if not of this. */
+  losePower(random: Random, loss: Loss, power = this.#power): void {
+    power.strike(random, loss);
     this.boot();
   }
 }

@@ -5,6 +5,8 @@
  * - A step is certain when it was over before a sync of its file (or, for names, of its folder) began that was over before the crash.
  * - Of a file's other steps each sector keeps those up to a moment of its own, drawn at random: the kernel may write any page back at any
  *   time, and never in a state that the page did not have.
+ * - A step that the daemon died in is what the next daemon of the same boot finds of it: a kill may cut a write, and what was cut off
+ *   was never there to be written back.
  * - Of a folder's other names (created, renamed, removed) those up to a moment drawn for that folder are kept.
  * What is mapped into memory (presence.live) is not written down: of it, any page may have reached the disk at any time.
  */
@@ -80,10 +82,10 @@ export type Loss = number;
 /** A change of a file's content. `data` null: zeros. */
 interface FileStep {
   readonly id: number;
-  readonly size: 'keep' | 'grow' | 'set';
+  size: 'keep' | 'grow' | 'set';
   readonly offset: number;
-  readonly length: number;
-  readonly data: Buffer | null;
+  length: number;
+  data: Buffer | null;
   certain: boolean;
   over: boolean;
 }
@@ -105,6 +107,12 @@ interface NameStep {
 
 type Entry = FileNode | 'folder';
 
+interface UnderWay {
+  ended(done: boolean): void;
+  /** Default: a step without effect. */
+  died?(): void;
+}
+
 /** A machine's disk from one boot to the loss of power. */
 export class PowerLoss {
   readonly #root: string;
@@ -115,8 +123,8 @@ export class PowerLoss {
   readonly #names: NameStep[] = [];
   readonly #files = new Set<FileNode>();
   readonly #open = new Map<number, { path: string; entry: Entry; at: number }>();
-  /** What to do when a step is over, with success or without. */
-  readonly #underWay = new Map<number, (done: boolean) => void>();
+  /** What to do when a step is over, with success or without, or when the daemon died in it. */
+  readonly #underWay = new Map<number, UnderWay>();
   /** Numbers of the steps since it was last armed. */
   stepsSinceArmed = 0;
 
@@ -145,11 +153,15 @@ export class PowerLoss {
     return node;
   }
 
-  /** Reads what the daemon did until it died; another daemon's life may follow, as long as the machine does not die. */
+  /**
+   * Reads what the daemon did until it died; another daemon's life may follow, as long as the machine does not die. To be called while
+   * the files are as that daemon left them.
+   */
   replay(log: string): void {
     this.#open.clear();
-    this.#underWay.clear();
     for (const record of records(readFileSync(log))) this.#apply(record);
+    for (const step of this.#underWay.values()) step.died?.();
+    this.#underWay.clear();
   }
 
   #apply(record: LogRecord): void {
@@ -164,7 +176,7 @@ export class PowerLoss {
         this.#open.delete(fd);
         break;
       case Kind.ENDED:
-        this.#underWay.get(id)?.(record.result === 0);
+        this.#underWay.get(id)?.ended(record.result === 0);
         this.#underWay.delete(id);
         break;
       case Kind.SYNC:
@@ -190,8 +202,10 @@ export class PowerLoss {
       entry === 'folder'
         ? this.#names.filter((step) => step.over && dirname(step.path) === path)
         : entry.steps.filter((step) => step.over);
-    this.#underWay.set(id, (done) => {
-      if (done) for (const step of covered) step.certain = true;
+    this.#underWay.set(id, {
+      ended: (done) => {
+        if (done) for (const step of covered) step.certain = true;
+      },
     });
   }
 
@@ -216,11 +230,31 @@ export class PowerLoss {
     };
     // Allocation alone changes no content.
     const allocates = kind === Kind.FALLOCATE && (flags & FALLOC_ZEROES) === 0;
-    opened.entry.steps.push(allocates ? { ...step, offset: at + length, length: 0 } : step);
-    const added = opened.entry.steps.at(-1)!;
-    this.#underWay.set(id, (done) => {
-      added.over = done;
+    const { entry } = opened;
+    const added = allocates ? { ...step, offset: at + length, length: 0 } : step;
+    entry.steps.push(added);
+    this.#underWay.set(id, {
+      ended: (done) => {
+        added.over = done;
+      },
+      died: () => this.#cut(entry, added),
     });
+  }
+
+  /** The daemon died in this step: of it counts what is in the file. */
+  #cut(node: FileNode, step: FileStep): void {
+    const path = [...this.#now].find(([, entry]) => entry === node)?.[0];
+    if (path === undefined || !existsSync(path)) return; // unlinked: nobody can read it any more
+    const found = readFileSync(path);
+    const { offset, length } = step;
+    step.over = true;
+    if (step.size === 'set') {
+      if (found.length !== offset) step.size = 'keep';
+    } else {
+      if (step.size === 'grow' && found.length < offset + length)
+        step.length = Math.max(0, found.length - offset);
+      step.data = Buffer.from(found.subarray(offset, offset + step.length));
+    }
   }
 
   #name({ kind, id, path, path2, flags }: LogRecord): void {
@@ -239,8 +273,11 @@ export class PowerLoss {
           over: false,
         };
         if (flags !== 0) known.steps.push(cut);
-        this.#underWay.set(id, () => {
-          cut.over = true;
+        this.#underWay.set(id, {
+          ended: () => {
+            cut.over = true;
+          },
+          died: () => this.#cut(known, cut),
         });
         return;
       }
@@ -257,11 +294,14 @@ export class PowerLoss {
     };
     // A step that fails changes nothing, and one that is under way may be seen by others only when it is over.
     if (kind === Kind.CREATE) rename(this.#now, step);
-    this.#underWay.set(id, (done) => {
+    const ended = (done: boolean): void => {
       step.over = done;
       if (!done) this.#names.splice(this.#names.indexOf(step), 1);
-      else if (kind !== Kind.CREATE) rename(this.#now, step);
-    });
+      if (done && kind !== Kind.CREATE) rename(this.#now, step);
+      if (!done && kind === Kind.CREATE) this.#now.delete(path);
+    };
+    const makes = kind === Kind.CREATE || kind === Kind.MKDIR;
+    this.#underWay.set(id, { ended, died: () => ended(existsSync(path) === makes) });
     this.#names.push(step);
   }
 

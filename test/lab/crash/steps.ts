@@ -288,6 +288,7 @@ export class Bench {
     this.#daemon = victim;
     const answered = await this.#dieAt(change, step, victim);
     const steps = this.machine.daemonDied(victim);
+    const { power } = this.machine;
     if (answered && change.durable) this.flushed();
     const where = `${change.name}, killed ${step === 0 ? 'when it was done' : `before step ${step}`}`;
     rmSync(this.#aside, { recursive: true, force: true });
@@ -311,7 +312,7 @@ export class Bench {
     for (const loss of LOSSES) {
       this.#empty();
       cpSync(this.#aside, this.machine.root, { recursive: true });
-      this.machine.losePower(this.random, loss);
+      this.machine.losePower(this.random, loss, power);
       restore();
       await this.#examine(change, answered, true, `${where}, and power lost (${loss})`);
     }

@@ -8,6 +8,7 @@ import {
   parseRate,
   parseSeconds,
   parseSize,
+  wholeNumber,
 } from '../../../src/cli/units.js';
 
 describe('units', () => {
@@ -63,6 +64,14 @@ describe('units', () => {
     assert.equal(parseSeconds('2.5'), 2500);
     for (const text of ['0', '-1', 'x', '1e3', '', '100000']) {
       assert.throws(() => parseSeconds(text), { code: 'usage' }, text);
+    }
+  });
+
+  test('whole numbers in a range', () => {
+    assert.equal(wholeNumber(0, 10)('0'), 0);
+    assert.equal(wholeNumber(1, 2 ** 53 - 1)('9007199254740991'), Number.MAX_SAFE_INTEGER);
+    for (const text of ['', '-1', '1.5', '11', '1e1', '0x1', ' 1']) {
+      assert.throws(() => wholeNumber(0, 10)(text), { code: 'usage' }, text);
     }
   });
 

@@ -1,6 +1,8 @@
 import assert from 'node:assert/strict';
 import { describe, test } from 'node:test';
-import { parseConfig, readConfig } from '../../../src/host/config.js';
+import { guestPolicyOf, linkPolicyOf, parseConfig, readConfig } from '../../../src/host/config.js';
+import { CONNECTIONS_MAX, HANDSHAKE_TIMEOUT_MS, HANDSHAKES_MAX } from '../../../src/nbd/constants.js';
+import { parseAccessRule } from '../../../src/nbd/server/access.js';
 
 const GOOD = `
 name: a
@@ -100,6 +102,24 @@ volumes: [{name: d, image: x, tlsOnly: true}, {name: e, image: y}]`;
     assert.deepEqual([...config.tlsOnly], ['d']);
   });
 
+  test('transaction logs', () => {
+    const volumes =
+      'volumes: [{name: a, image: a.img, transactionLog: {file: log/a}}, {name: b, image: b.img,';
+    const config = parseConfig(`name: h\n${volumes} transactionLog: {file: /log/b, data: true}}]`, '/etc');
+    assert.deepEqual(
+      config.volumes.map((volume) => volume.transactionLog),
+      [
+        { path: '/etc/log/a', data: false },
+        { path: '/log/b', data: true },
+      ],
+    );
+    refused('name: h\nvolumes: [{name: a, image: a.img, transactionLog: x}]', /transactionLog/);
+    refused(
+      'name: h\nvolumes: [{name: a, image: a.img, transactionLog: {data: true}}]',
+      /transactionLog\.file/,
+    );
+  });
+
   test('TLS towards sources alone', () => {
     const config = parseConfig('name: a\ntls: {mode: off, certificates: /pki}', '/');
     assert.equal(config.linkTls, null);
@@ -112,6 +132,74 @@ volumes: [{name: d, image: x, tlsOnly: true}, {name: e, image: y}]`;
     refused('name: a\ntls: {certificates: a, mode: on}', /tls\.mode/);
     refused('name: a\ntls: {certificates: a, colour: red}', /tls: .*colour/);
     refused('name: a\nvolumes: [{name: d, image: x, tlsOnly: true}]', /"d" is tlsOnly, and there is no TLS/);
+  });
+
+  test('everybody who gets to the link address may read, unless it says otherwise', () => {
+    const config = parseConfig(GOOD, '/etc/blockferry');
+    assert.deepEqual([config.access, config.listExports], [null, true]);
+    assert.deepEqual(config.limits, {
+      connectionsMax: CONNECTIONS_MAX,
+      handshakesMax: HANDSHAKES_MAX,
+      handshakeTimeoutMs: HANDSHAKE_TIMEOUT_MS,
+    });
+    assert.deepEqual(linkPolicyOf(config, 'disk'), { tlsOnly: false });
+    assert.deepEqual(guestPolicyOf(config, 'disk'), {});
+  });
+
+  test('rules of a volume replace those of the host, which are for all others', () => {
+    const text = `
+name: a
+tls: {certificates: pki, mode: allowed}
+access: ['read:address=10.0.0.0/8', 'read:certificate=*']
+listExports: false
+limits: {connections: 7, handshakes: 8, handshakeSeconds: 1.5}
+volumes:
+  - {name: d, image: x, access: ['read:certificate=host-b'], connections: 2, tlsOnly: true}
+  - {name: e, image: y}
+  - {name: nobody, image: z, access: []}`;
+    const config = parseConfig(text, '/');
+    assert.equal(config.listExports, false);
+    assert.deepEqual(config.limits, { connectionsMax: 7, handshakesMax: 8, handshakeTimeoutMs: 1500 });
+    const access = ['read:address=10.0.0.0/8', 'read:certificate=*'].map(parseAccessRule);
+    assert.deepEqual(linkPolicyOf(config, 'd'), {
+      access: [parseAccessRule('read:certificate=host-b')],
+      connectionsMax: 2,
+      tlsOnly: true,
+    });
+    for (const name of ['e', 'one that arrives'])
+      assert.deepEqual(linkPolicyOf(config, name), { access, tlsOnly: false });
+    assert.deepEqual(linkPolicyOf(config, 'nobody'), { access: [], tlsOnly: false });
+    assert.deepEqual(guestPolicyOf(config, 'd'), { connectionsMax: 2 });
+  });
+
+  test('rules and limits that make no sense', () => {
+    refused('name: a\naccess: read', /access: expected array/);
+    refused('name: a\naccess: [rw]', /access\[0\]: access rule "rw": write GRADE/);
+    refused('name: a\naccess: [read, 7]', /access\[1\]: expected string/);
+    refused(
+      'name: a\nvolumes: [{name: d, image: x, access: [read, "read:address=10.0.0.1/8"]}]',
+      /volumes\[0\]\.access\[1\]: .*write 10\.0\.0\.0\/8/,
+    );
+    refused(`name: a\naccess: [${'read, '.repeat(300)}]`, /access: .*256/);
+    refused('name: a\nlimits: {connections: 0}', /limits\.connections/);
+    refused('name: a\nlimits: {handshakes: 1.5}', /limits\.handshakes/);
+    refused('name: a\nlimits: {handshakeSeconds: 0}', /limits\.handshakeSeconds/);
+    refused('name: a\nlimits: {bytes: 1}', /limits: .*bytes/);
+    refused('name: a\nvolumes: [{name: d, image: x, connections: 100000}]', /volumes\[0\]\.connections/);
+  });
+
+  test('rules with names that nobody can prove', () => {
+    refused(
+      'name: a\naccess: ["read:certificate=b"]',
+      /access: .*needs tls\.certificates and tls\.verifyPeer/,
+    );
+    refused(
+      'name: a\ntls: {certificates: pki, verifyPeer: false}\nvolumes: [{name: d, image: x, access: ["read:certificate=b"]}]',
+      /volumes\[0\]\.access: .*needs tls\.certificates and tls\.verifyPeer/,
+    );
+    refused('name: a\ntls: {certificates: pki}\naccess: ["read:psk=b"]', /access: .*psk= needs tls\.psk/);
+    refused('name: a\ntls: {psk: keys, mode: off}\naccess: ["read:psk=b"]', /needs tls\.psk/);
+    parseConfig('name: a\ntls: {psk: keys}\naccess: ["read:psk=b"]', '/');
   });
 
   test('is not fooled by aliases that multiply', () => {

@@ -11,6 +11,7 @@ import { NbdClient } from '../../../src/nbd/client/client.js';
 import type { Volume } from '../../../src/volume/volume.js';
 import { quiet, until } from '../../lab/ferry.js';
 import { type RealHost, RealHosts, SIZE, VM } from '../../support/real-hosts.js';
+import { FakeParts } from './fakes.js';
 
 test('a source that was a destination before, restarted while it is sealed, is still known to its link', async (t) => {
   const hosts = new RealHosts(t);
@@ -205,6 +206,43 @@ test('two machines never get one volume: not when both are started at once, nor 
     code: 'exists',
     message: /in use by machine "vm1"/,
   });
+});
+
+test('while a machine’s process starts, nobody else comes to its control socket', async (t) => {
+  const hosts = new RealHosts(t);
+  const { hypervisor } = new FakeParts(hosts.network);
+  const folder = join(hosts.folder, 'a', 'vms', 'vm1-abcdef');
+  let visitors = 0;
+  let states: Promise<string[]> | null = null;
+  const host = await hosts.start(
+    'a',
+    {
+      volumes: [{ name: 'disk', image: hosts.image, mode: { kind: 'serve', readOnly: false } }],
+      vms: [{ definition: VM, autostart: false }],
+    },
+    {
+      hypervisor: {
+        kind: hypervisor.kind,
+        version: (definition) => hypervisor.version(definition),
+        start: async (definition, options) => {
+          mkdirSync(folder, { recursive: true });
+          const qmp = createServer((socket) => {
+            visitors++;
+            socket.destroy();
+          }).listen(join(folder, 'qmp.sock'));
+          t.after(() => qmp.close());
+          await once(qmp, 'listening');
+          const views = [host.client.machine('vm1'), host.client.machine('vm1')];
+          states = Promise.all(views).then((all) => all.map(({ state }) => state));
+          await states;
+          return hypervisor.start(definition, options);
+        },
+      },
+    },
+  );
+  assert.equal((await host.client.startMachine('vm1')).state, 'running');
+  assert.deepEqual(await states, ['stopped', 'stopped']);
+  assert.equal(visitors, 0);
 });
 
 test('a source whose daemon ends before the seal: the move is undone, nothing is left at the destination', async (t) => {

@@ -8,7 +8,8 @@ import { greeting, infoBlockSize, infoExport, optionReply, u16, u32, u64 } from 
 
 const { ACK, SERVER, INFO, META_CONTEXT, ERR_UNSUP, ERR_UNKNOWN, ERR_POLICY, ERR_TLS_REQD, ERR_SHUTDOWN } =
   OptionReply;
-const { STARTTLS, STRUCTURED_REPLY, SET_META_CONTEXT, GO, LIST, EXPORT_NAME, ABORT } = Option;
+const { STARTTLS, STRUCTURED_REPLY, EXTENDED_HEADERS, SET_META_CONTEXT, GO, LIST, EXPORT_NAME, ABORT } =
+  Option;
 
 function goal(wish: Partial<Extract<HandshakeGoal, { kind: 'connect' }>> = {}): HandshakeGoal {
   return { kind: 'connect', exportName: 'disk', contexts: [], requireStructured: false, ...wish };
@@ -87,12 +88,54 @@ describe('client handshake', () => {
         flags: 3,
         readOnly: true,
         structured: true,
+        extended: false,
         contexts: new Map([['base:allocation', 7]]),
         description: 'a disk',
         name: 'real',
         blockSize: { minimum: 512, preferred: 4096, maximum: 65536 },
       },
     });
+  });
+
+  it('asks for extended headers first, and then not for structured replies', () => {
+    const handshake = new ClientHandshake(goal({ extended: true, contexts: ['base:allocation'] }));
+    const asked = converse(handshake, [
+      greeting(),
+      optionReply(EXTENDED_HEADERS, ACK),
+      Buffer.concat([context(7, 'base:allocation'), optionReply(SET_META_CONTEXT, ACK)]),
+      Buffer.concat([basics, optionReply(GO, ACK)]),
+    ]);
+    assert.deepEqual(asked, [EXTENDED_HEADERS, SET_META_CONTEXT, GO, null]);
+    const { outcome } = handshake;
+    assert.ok(outcome?.kind === 'connect' && outcome.info.extended && outcome.info.structured);
+  });
+
+  for (const type of [ERR_UNSUP, ERR_POLICY, OptionReply.ERR_INVALID])
+    it(`does without extended headers when they are refused with 0x${type.toString(16)}`, () => {
+      const handshake = new ClientHandshake(goal({ extended: true }));
+      const asked = converse(handshake, [
+        greeting(),
+        optionReply(EXTENDED_HEADERS, type),
+        optionReply(STRUCTURED_REPLY, ACK),
+        Buffer.concat([basics, optionReply(GO, ACK)]),
+      ]);
+      assert.deepEqual(asked, [EXTENDED_HEADERS, STRUCTURED_REPLY, GO, null]);
+      const { outcome } = handshake;
+      assert.ok(outcome?.kind === 'connect' && !outcome.info.extended && outcome.info.structured);
+    });
+
+  it('asks for extended headers behind TLS, not before', () => {
+    const handshake = new ClientHandshake(goal({ extended: true }), true);
+    assert.deepEqual(converse(handshake, [greeting(), optionReply(STARTTLS, ACK)]), [STARTTLS, null]);
+    assert.equal(optionIn(handshake.secured()), EXTENDED_HEADERS);
+  });
+
+  it('does not fall back to EXPORT_NAME, which must not follow extended headers', () => {
+    const handshake = new ClientHandshake(goal({ extended: true }));
+    assert.throws(
+      () => converse(handshake, [greeting(), optionReply(EXTENDED_HEADERS, ACK), optionReply(GO, ERR_UNSUP)]),
+      /does not know GO/,
+    );
   });
 
   it('takes the bytes one by one', () => {

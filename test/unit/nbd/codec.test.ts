@@ -2,30 +2,31 @@ import assert from 'node:assert/strict';
 import { describe, test } from 'node:test';
 import {
   clipUtf8,
-  DATA_CHUNK_HEADER_BYTES,
-  ERROR_CHUNK_BYTES_MAX,
-  ERROR_OFFSET_CHUNK_BYTES_MAX,
+  DATA_PAYLOAD_HEAD_BYTES,
+  ERROR_PAYLOAD_BYTES_MAX,
+  EXTENDED_EXTENT_BYTES,
+  EXTENDED_STATUS_PAYLOAD_HEAD_BYTES,
   EXTENT_BYTES,
   encodeChunkHeader,
-  encodeDataChunkHeader,
-  encodeErrorChunk,
-  encodeErrorOffsetChunk,
+  encodeDataPayloadHead,
+  encodeErrorPayload,
+  encodeExtendedChunkHeader,
+  encodeExtendedExtent,
+  encodeExtendedStatusPayloadHead,
   encodeExtent,
-  encodeHoleChunk,
-  encodeNoneChunk,
+  encodeHolePayload,
   encodeOptionError,
   encodeServer,
   encodeSimpleReply,
-  encodeStatusChunkHeader,
-  HOLE_CHUNK_BYTES,
-  NONE_CHUNK_BYTES,
+  encodeStatusPayloadHead,
+  HOLE_PAYLOAD_BYTES,
   OPTION_REPLY_HEADER_BYTES,
-  STATUS_CHUNK_HEADER_BYTES,
+  STATUS_PAYLOAD_HEAD_BYTES,
 } from '../../../src/nbd/codec/server.js';
 import {
-  ChunkFlag,
   ChunkType,
   Errno,
+  EXTENDED_REPLY_HEADER_BYTES,
   OptionReply,
   SIMPLE_REPLY_HEADER_BYTES,
   STRING_BYTES_MAX,
@@ -66,72 +67,75 @@ describe('replies of transmission', () => {
     );
   });
 
-  test('OFFSET_DATA: the length counts the offset, the offset has 64 bits', () => {
+  test('an extended chunk header: magic, flags, type, cookie, offset as it came, length of 64 bits', () => {
     const hex = written((buffer, at) =>
-      encodeDataChunkHeader(buffer, at, 0, HI, LO, 0x12_3456_789a_bcde, 512),
+      encodeExtendedChunkHeader(buffer, at, 1, 0x8001, HI, LO, 0xffffffff, 0x80000001, 0xfffffffe),
     );
-    assert.equal(hex, `668e33ef00000001${COOKIE}00000208${'00123456789abcde'}`);
-    assert.equal(hex.length / 2, DATA_CHUNK_HEADER_BYTES);
+    assert.equal(hex, `6e8a278c00018001${COOKIE}${'ffffffff80000001'}${'00000000fffffffe'}`);
+    assert.equal(hex.length / 2, EXTENDED_REPLY_HEADER_BYTES);
+  });
+
+  test('OFFSET_DATA: the offset has 64 bits', () => {
+    const hex = written((buffer, at) => encodeDataPayloadHead(buffer, at, 0x12_3456_789a_bcde));
+    assert.equal(hex, '00123456789abcde');
+    assert.equal(hex.length / 2, DATA_PAYLOAD_HEAD_BYTES);
   });
 
   test('offsets around 2^32 and the largest safe one', () => {
     for (const offset of [0, 0xffff_ffff, 0x1_0000_0000, 0x1_ffff_ffff, Number.MAX_SAFE_INTEGER]) {
-      const buffer = Buffer.alloc(DATA_CHUNK_HEADER_BYTES);
-      encodeDataChunkHeader(buffer, 0, 0, HI, LO, offset, 1);
-      assert.equal(buffer.readBigUInt64BE(20), BigInt(offset));
+      const buffer = Buffer.alloc(DATA_PAYLOAD_HEAD_BYTES);
+      encodeDataPayloadHead(buffer, 0, offset);
+      assert.equal(buffer.readBigUInt64BE(0), BigInt(offset));
     }
   });
 
-  test('OFFSET_HOLE: payload of exactly 12 bytes', () => {
-    const hex = written((buffer, at) => encodeHoleChunk(buffer, at, ChunkFlag.DONE, HI, LO, 4096, 65_536));
-    assert.equal(hex, `668e33ef00010002${COOKIE}0000000c${'0000000000001000'}00010000`);
-    assert.equal(hex.length / 2, HOLE_CHUNK_BYTES);
-  });
-
-  test('NONE: no payload', () => {
-    const hex = written((buffer, at) => encodeNoneChunk(buffer, at, ChunkFlag.DONE, HI, LO));
-    assert.equal(hex, `668e33ef00010000${COOKIE}00000000`);
-    assert.equal(hex.length / 2, NONE_CHUNK_BYTES);
+  test('OFFSET_HOLE: offset and length', () => {
+    const hex = written((buffer, at) => encodeHolePayload(buffer, at, 4096, 65_536));
+    assert.equal(hex, `${'0000000000001000'}00010000`);
+    assert.equal(hex.length / 2, HOLE_PAYLOAD_BYTES);
   });
 
   test('BLOCK_STATUS: 4 + 8 bytes an extent', () => {
     const hex = written((buffer, at) => {
-      let next = encodeStatusChunkHeader(buffer, at, ChunkFlag.DONE, HI, LO, 7, 2);
-      assert.equal(next - at, STATUS_CHUNK_HEADER_BYTES);
-      next = encodeExtent(buffer, next, 0xffff_f000, 3);
-      return encodeExtent(buffer, next, 4096, 0);
+      const next = encodeStatusPayloadHead(buffer, at, 7);
+      return encodeExtent(buffer, encodeExtent(buffer, next, 0xffff_f000, 3), 4096, 0);
     });
-    assert.equal(hex, `668e33ef00010005${COOKIE}00000014${'00000007'}fffff00000000003${'0000100000000000'}`);
-    assert.equal(hex.length / 2, STATUS_CHUNK_HEADER_BYTES + 2 * EXTENT_BYTES);
+    assert.equal(hex, `${'00000007'}fffff00000000003${'0000100000000000'}`);
+    assert.equal(hex.length / 2, STATUS_PAYLOAD_HEAD_BYTES + 2 * EXTENT_BYTES);
+  });
+
+  test('BLOCK_STATUS_EXT: context and count, 16 bytes an extent', () => {
+    const hex = written((buffer, at) => {
+      const next = encodeExtendedStatusPayloadHead(buffer, at, 7, 2);
+      return encodeExtendedExtent(
+        buffer,
+        encodeExtendedExtent(buffer, next, 2 ** 43 + 1, 3),
+        4096,
+        0x80000000,
+      );
+    });
+    const first = `${'0000080000000001'}${'0000000000000003'}`;
+    assert.equal(hex, `${'0000000700000002'}${first}${'0000000000001000'}${'0000000080000000'}`);
+    assert.equal(hex.length / 2, EXTENDED_STATUS_PAYLOAD_HEAD_BYTES + 2 * EXTENDED_EXTENT_BYTES);
   });
 
   test('ERROR: error, length of the message, message', () => {
     const text = Buffer.from('béyond');
-    const hex = written((buffer, at) => encodeErrorChunk(buffer, at, 1, HI, LO, Errno.EINVAL, 'béyond'));
-    assert.equal(hex, `668e33ef00018001${COOKIE}0000000d${'00000016'}0007${text.toString('hex')}`);
+    const hex = written((buffer, at) => encodeErrorPayload(buffer, at, Errno.EINVAL, 'béyond'));
+    assert.equal(hex, `${'00000016'}0007${text.toString('hex')}`);
     assert.equal(
-      written((buffer, at) => encodeErrorChunk(buffer, at, 1, HI, LO, Errno.EIO, '')),
-      `668e33ef00018001${COOKIE}00000006${'00000005'}0000`,
-    );
-  });
-
-  test('ERROR_OFFSET: the offset comes behind the message', () => {
-    assert.equal(
-      written((buffer, at) => encodeErrorOffsetChunk(buffer, at, 1, HI, LO, Errno.EIO, 'ab', 512)),
-      `668e33ef00018002${COOKIE}00000010${'00000005'}00026162${'0000000000000200'}`,
+      written((buffer, at) => encodeErrorPayload(buffer, at, Errno.EIO, '')),
+      `${'00000005'}0000`,
     );
   });
 
   test('a long message is cut between characters and fits the room promised', () => {
-    const buffer = Buffer.alloc(ERROR_OFFSET_CHUNK_BYTES_MAX + 100);
+    const buffer = Buffer.alloc(ERROR_PAYLOAD_BYTES_MAX + 100);
     const message = `x${'é'.repeat(STRING_BYTES_MAX)}`;
-    const length = encodeErrorChunk(buffer, 0, 1, HI, LO, Errno.EIO, message);
-    assert.ok(length <= ERROR_CHUNK_BYTES_MAX);
-    assert.equal(buffer.readUInt16BE(24), STRING_BYTES_PREFERRED - 1);
-    assert.ok(message.startsWith(buffer.subarray(26, length).toString()));
-    assert.ok(
-      encodeErrorOffsetChunk(buffer, 0, 1, HI, LO, Errno.EIO, message, 0) <= ERROR_OFFSET_CHUNK_BYTES_MAX,
-    );
+    const length = encodeErrorPayload(buffer, 0, Errno.EIO, message);
+    assert.ok(length <= ERROR_PAYLOAD_BYTES_MAX);
+    assert.equal(buffer.readUInt16BE(4), STRING_BYTES_PREFERRED - 1);
+    assert.ok(message.startsWith(buffer.subarray(6, length).toString()));
   });
 
   test('chunk types are those of the protocol', () => {
@@ -140,6 +144,7 @@ describe('replies of transmission', () => {
       OFFSET_DATA: 1,
       OFFSET_HOLE: 2,
       BLOCK_STATUS: 5,
+      BLOCK_STATUS_EXT: 6,
       ERROR: 32_769,
       ERROR_OFFSET: 32_770,
     });

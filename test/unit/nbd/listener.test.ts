@@ -308,29 +308,6 @@ describe('connections', () => {
     assert.equal(served.listener.connections('disk'), 1);
   });
 
-  test('beyond the most there may be, clients are turned away', async () => {
-    const served = await serve('127.0.0.1:0', { connectionsMax: 2 });
-    const first = await served.connect();
-    await first.receive(GREETING_BYTES);
-    await (await served.connect()).receive(GREETING_BYTES);
-    for (let count = 0; count < 3; count++) {
-      const third = await served.connect();
-      assert.equal((await third.receiveAll()).length, 0);
-    }
-    assert.deepEqual(
-      lines.map((line) => line.kind),
-      ['connections-max'],
-    );
-    first.close();
-    const deadline = Date.now() + 5000;
-    for (;;) {
-      const again = await served.connect();
-      const greeting = await again.receive(GREETING_BYTES).catch(() => undefined);
-      if (greeting !== undefined) break;
-      assert.ok(Date.now() < deadline, 'a place that became free is given away again');
-    }
-  });
-
   test('a client that does not read its answers is not listened to meanwhile', async () => {
     const entries = Array.from({ length: 200 }, (_, index) =>
       entry(`d${index}`, { description: 'x'.repeat(4000) }),

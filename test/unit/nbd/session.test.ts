@@ -8,10 +8,16 @@ import {
   CommandFlag,
   Errno,
   IN_FLIGHT_BYTES_MAX,
+  IN_FLIGHT_BYTES_TOTAL_MAX,
   IN_FLIGHT_REQUESTS_MAX,
   PAYLOAD_BYTES_MAX,
 } from '../../../src/nbd/constants.js';
-import { type Session, type SessionParameters, startSession } from '../../../src/nbd/server/session.js';
+import {
+  FLUSH_TIMEOUT_MS,
+  type Session,
+  type SessionParameters,
+  startSession,
+} from '../../../src/nbd/server/session.js';
 import { MemoryDevice } from '../../fakes/memory-device.js';
 import {
   connectedPair,
@@ -220,6 +226,40 @@ for (const transport of ['descriptor', 'events'] as const) {
       assert.deepEqual(device.data.subarray(0, 10), pattern(10));
     });
 
+    it('DISC and gone: what was to be read is abandoned, writes are not', async () => {
+      const { device, client } = rig({ transport });
+      device.manner = () => 'held';
+      client.send(
+        { command: READ, cookie: 1, length: 10 },
+        { command: WRITE, cookie: 2, payload: pattern(10) },
+        { command: READ, cookie: 3, length: 10 },
+        { command: DISC, cookie: 4 },
+      );
+      await until(() => device.held.length === 3);
+      const [first, write, second] = device.held.splice(0);
+      client.socket.destroy();
+      await once(client.socket, 'close');
+      first!.complete(0); // and the answer finds nobody
+      await until(() => device.released === 1);
+      assert.deepEqual([write!.abandoned, second!.abandoned], [false, true]);
+      write!.complete(0);
+      second!.complete(5);
+    });
+
+    it('DISC and the end of the client’s side: reads go on, but not for ever', async (t) => {
+      const { device, client } = rig({ transport });
+      device.manner = () => 'held';
+      client.send({ command: READ, cookie: 1, length: 10 }, { command: DISC, cookie: 2 });
+      await until(() => device.held.length === 1);
+      t.mock.timers.enable({ apis: ['setTimeout'] });
+      client.socket.end();
+      for (let turn = 0; turn < 20; turn++) await new Promise((resolve) => setImmediate(resolve));
+      assert.equal(device.held[0]!.abandoned, false);
+      t.mock.timers.tick(FLUSH_TIMEOUT_MS);
+      t.mock.timers.reset();
+      await until(() => device.held[0]!.abandoned && device.released === 1);
+    });
+
     it('DISC: what follows is ignored', async () => {
       const { device, client, session } = rig({ transport });
       client.send({ command: DISC, cookie: 1 }, { command: WRITE, cookie: 2, payload: pattern(10) });
@@ -410,6 +450,86 @@ for (const transport of ['descriptor', 'events'] as const) {
       for (const request of device.held.splice(0)) request.complete(0);
       await session.closed;
       assert.equal(device.calls.length, IN_FLIGHT_REQUESTS_MAX);
+    });
+
+    it('a client that hangs up while the session is stalled and nothing is completed: noticed all the same', async () => {
+      const { device, client } = rig({ transport });
+      device.manner = () => 'held';
+      client.send(
+        ...Array.from({ length: IN_FLIGHT_REQUESTS_MAX + 500 }, (_, cookie) => ({
+          command: READ,
+          cookie,
+          length: 16,
+        })),
+      );
+      await until(() => device.held.length === IN_FLIGHT_REQUESTS_MAX);
+      client.socket.destroy();
+      await until(() => device.held.every(({ abandoned }) => abandoned));
+      await until(() => device.released === 1);
+    });
+
+    it('a client that hung up before its requests are begun: not all of them are', async () => {
+      const device = new MemoryDevice(4 << 20);
+      const { client, session } = rig({ device, transport });
+      const requests = Array.from({ length: 2000 }, (_, cookie) =>
+        encodeRequest({ command: READ, cookie, length: 4 << 20 }),
+      );
+      client.socket.write(Buffer.concat(requests));
+      client.socket.destroy(); // what is sent now fails at once
+      await session.closed;
+      assert.ok(device.calls.length <= IN_FLIGHT_BYTES_MAX / (4 << 20), `${device.calls.length} were begun`);
+    });
+
+    it('a client that closes its side behind long reads gets all of them', async () => {
+      const device = new MemoryDevice(4 << 20);
+      pattern(4 << 20).copy(device.data);
+      const { client } = rig({ device, transport });
+      const requests = Array.from({ length: 40 }, (_, cookie) =>
+        client.encode({ command: READ, cookie, length: 1 << 20 }),
+      );
+      client.socket.end(Buffer.concat(requests));
+      for (const { data } of await client.got(40)) assert.ok(data!.equals(device.data.subarray(0, 1 << 20)));
+    });
+
+    it('one who reads much lets another in between', async () => {
+      const device = new MemoryDevice(1 << 20);
+      const [greedy, modest] = [rig({ device, transport }), rig({ transport })];
+      await greedy.client.ask({ command: FLUSH, cookie: 1 });
+      await modest.client.ask({ command: FLUSH, cookie: 1 });
+      const requests = Array.from({ length: 100 }, (_, cookie) =>
+        greedy.client.encode({ command: READ, cookie: 2 + cookie, length: 1 << 20 }),
+      );
+      greedy.client.socket.write(Buffer.concat(requests));
+      modest.client.send({ command: READ, cookie: 2, length: 16 });
+      await until(() => modest.device.calls.length === 2);
+      assert.ok(device.calls.length < 60, `${device.calls.length} reads of the other were first`);
+      await greedy.client.got(101);
+    });
+
+    it('all sessions share one limit; beyond it each still has one request at a time', async () => {
+      const device = new MemoryDevice(4 << 20);
+      const length = 4 << 20;
+      const sessions = Array.from({ length: 12 }, () => rig({ device, transport }));
+      for (const { client } of sessions) {
+        client.socket.pause();
+        client.socket.write(
+          Buffer.concat(
+            Array.from({ length: 60 }, (_, cookie) => client.encode({ command: READ, cookie, length })),
+          ),
+        );
+      }
+      await settled(() => device.calls.length);
+      const bytes = sessions.reduce((sum, { session }) => sum + session.inFlightBytes, 0);
+      assert.ok(bytes <= IN_FLIGHT_BYTES_TOTAL_MAX + 12 * (length + 65_536), `${bytes >> 20} MiB`);
+      assert.ok(sessions.every(({ session }) => session.inFlightBytes >= length));
+      device.released = 0; // one device for all
+      const late = sessions[11]!.client;
+      late.socket.resume();
+      assert.equal((await late.got(60)).length, 60);
+      for (const { client, session } of rigs.splice(0)) {
+        client.socket.destroy();
+        await session.closed;
+      }
     });
 
     it('requests held by the device: no more than the limit, the others follow', async () => {

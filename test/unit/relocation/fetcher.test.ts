@@ -184,3 +184,55 @@ test('one bad block at the source fails nobody who wants its neighbours', async 
   assertBlocks(await neighbour, pattern(MIB).subarray(5 * BLOCK, 6 * BLOCK));
   assertBlocks(await readAt(guest, 201 * BLOCK, 55 * BLOCK), pattern(MIB).subarray(201 * BLOCK));
 });
+
+for (const { what, standby } of [
+  { what: 'in the volume', standby: false },
+  { what: 'at the link, before a takeover', standby: true },
+]) {
+  test(`requests that wait ${what} for a lost source end with their client`, async (t) => {
+    const lab = new Lab(t);
+    const source = await lab.source(MIB);
+    const proxy = await lab.proxy(source, { standby });
+    const [leaves, stays] = [await proxy.guest(), await proxy.guest()];
+    if (!standby) await readAt(stays, 0, BLOCK);
+    await source.stop();
+    await until(() => proxy.status.source?.state === 'lost', 'the loss is noticed');
+    const waits = Array.from({ length: 50 }, (_, i) => readAt(leaves, (i + 1) * BLOCK, 1));
+    if (!standby) waits.push(writeAt(leaves, 60 * BLOCK + 1, Buffer.of(1)).then(() => Buffer.alloc(0)));
+    for (const wait of waits) wait.catch(() => undefined);
+    const shared = readAt(stays, BLOCK, BLOCK);
+    await quiet();
+    assert.equal(proxy.connections, 2);
+    leaves.destroy();
+    await until(() => proxy.connections === 1, 'its place is given back');
+    assert.equal(await isSettled(shared), false);
+    await source.start();
+    assertBlocks(await shared, source.device.data.subarray(BLOCK, 2 * BLOCK));
+    await quiet();
+    assert.ok(source.readBytes <= 3 * BLOCK, `${source.readBytes} bytes were fetched for nobody`);
+    assertBlocks(await readAt(stays, 0, MIB), source.device.data);
+  });
+}
+
+test('buffers of demand fetches are bounded, however many requests wait for a lost source', async (t) => {
+  const lab = new Lab(t);
+  const size = 256 * MIB;
+  const source = await lab.source(size, { data: Buffer.alloc(0) });
+  const proxy = await lab.proxy(source);
+  const guests = [await proxy.guest(), await proxy.guest()];
+  await readAt(guests[0]!, size - BLOCK, BLOCK);
+  await source.stop();
+  await until(() => proxy.status.source?.state === 'lost', 'the loss is noticed');
+  const before = process.memoryUsage().arrayBuffers;
+  const reads = guests.flatMap((guest, half) =>
+    Array.from({ length: 100 }, (_, i) => readAt(guest, (half * 100 + i) * MIB, MIB)),
+  );
+  for (const read of reads) read.catch(() => undefined);
+  const requested = reads.length * MIB; // once with the guests, once with the sessions
+  const grown = (): number => process.memoryUsage().arrayBuffers - before;
+  await until(() => grown() > 2 * requested, 'all are waiting');
+  await quiet(50);
+  assert.ok(grown() < 2 * requested + 100 * MIB, `${grown() >> 20} MiB`);
+  await source.start();
+  for (const bytes of await Promise.all(reads)) assert.equal(bytes.length, MIB);
+});

@@ -4,8 +4,8 @@ import net from 'node:net';
 import { join } from 'node:path';
 import { test } from 'node:test';
 import { BlockferryError } from '../../../src/errors.js';
-import { describeVolume, type Link, probeSource } from '../../../src/relocation/link.js';
-import { startFakeServer } from '../../fakes/fake-server.js';
+import { DROPPED, describeVolume, type Link, probeSource } from '../../../src/relocation/link.js';
+import { dataChunk, startFakeServer } from '../../fakes/fake-server.js';
 import { MemoryDevice } from '../../fakes/memory-device.js';
 import { assertBlocks, BLOCK, isSettled, KIB, Lab, MIB, pattern, quiet, until } from '../../lab/ferry.js';
 
@@ -319,4 +319,78 @@ test('a source whose size is no multiple of its smallest request is refused by n
     assert.match((error as Error).message, /10000 bytes is no multiple of its smallest request of 512 bytes/);
     return true;
   });
+});
+
+test('a source that lets us in and then fails at once is tried again further and further apart', async (t) => {
+  const lab = new Lab(t);
+  const times: number[] = [];
+  const server = await startFakeServer(async (peer) => {
+    times.push(performance.now());
+    await peer.handshake();
+    await peer.request();
+    peer.hangUp();
+  });
+  lab.onClose(() => server.stop());
+  const link = lab.link(server.uri, { timing: { backoffMsMin: 20, backoffMsMax: 160 } });
+  read(link, 'demand', 0, BLOCK).catch(() => undefined);
+  await until(() => times.length >= 6, 'six attempts');
+  for (let i = 1; i < 6; i++) {
+    const least = 0.75 * Math.min(160, 20 * 2 ** (i - 1)) - 2;
+    assert.ok(
+      times[i]! - times[i - 1]! >= least,
+      `gap ${i} is ${times[i]! - times[i - 1]!} ms, under ${least}`,
+    );
+  }
+});
+
+test('a source that answers something is tried again at once', async (t) => {
+  const lab = new Lab(t);
+  const times: number[] = [];
+  const server = await startFakeServer(async (peer) => {
+    times.push(performance.now());
+    await peer.handshake();
+    const { cookie, offset, length } = await peer.request();
+    peer.send(dataChunk(cookie, offset, DATA.subarray(offset, offset + length), true));
+    await peer.request();
+    peer.hangUp();
+  });
+  lab.onClose(() => server.stop());
+  const link = lab.link(server.uri, { timing: { backoffMsMin: 1, backoffMsMax: 60_000 } });
+  for (let i = 0; i < 14; i++) assertBlocks(await read(link, 'demand', 0, BLOCK), DATA.subarray(0, BLOCK));
+});
+
+test('a source that fails whenever it is asked what is allocated is not asked for ever', async (t) => {
+  const lab = new Lab(t);
+  let asked = 0;
+  const server = await startFakeServer(async (peer) => {
+    await peer.handshake({ contexts: [[5, 'base:allocation']] });
+    await peer.request();
+    asked++;
+    peer.send(Buffer.alloc(16));
+  });
+  lab.onClose(() => server.stop());
+  const link = lab.link(server.uri);
+  await assert.rejects(link.allocation(0, MIB), (error: unknown) => {
+    assert.match((error as Error).message, /fails at BLOCK_STATUS/);
+    return code('source-io')(error);
+  });
+  assert.equal(asked, 5);
+});
+
+test('reads that nobody waits for any more are dropped while the source is lost; the others stay', async (t) => {
+  const lab = new Lab(t);
+  const source = await lab.source(MIB);
+  const link = lab.link(source);
+  await read(link, 'demand', 0, BLOCK);
+  await source.stop();
+  await until(() => link.state === 'lost', 'the loss is noticed');
+  const askers = [{ abandoned: false }, { abandoned: false }];
+  const reads = askers.map((asker) => link.read('demand', 0, BLOCK, Buffer.alloc(BLOCK), 0, asker));
+  link.dropAbandoned();
+  askers[0]!.abandoned = true;
+  link.dropAbandoned();
+  await assert.rejects(reads[0]!, (error) => error === DROPPED);
+  assert.equal(await isSettled(reads[1]!), false);
+  await source.start();
+  await reads[1];
 });

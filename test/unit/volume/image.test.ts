@@ -181,6 +181,38 @@ for (const [where, parent, skip] of [
       image.close();
     });
 
+    test('zeroes without writing, or says at once that it cannot, and changes nothing', async () => {
+      const content = patterned(size);
+      const image = Image.open(imageWith(content, parent));
+      for (const keepHole of [true, false]) {
+        assert.ok(image.mayZeroFast(keepHole));
+        const done = await image.zeroFast(4000, 10_000, keepHole);
+        if (done === false) assert.ok(!image.mayZeroFast(keepHole), 'it is not tried again');
+        else {
+          assert.equal(done, 0);
+          content.fill(0, 4000, 14_000);
+        }
+        const buffer = Buffer.alloc(size);
+        assert.equal(await image.read(buffer, 0, size, 0), 0);
+        assert.ok(buffer.equals(content));
+      }
+      image.close();
+    });
+
+    test('tells how far a hole reaches', () => {
+      const path = join(tempFolder(parent), 'sparse');
+      writeFileSync(path, '');
+      truncateSync(path, 8 * MIB);
+      const image = Image.open(path);
+      assert.equal(image.holeFrom(5, 8 * MIB), 8 * MIB - 5);
+      assert.equal(image.write(Buffer.alloc(4096, 1), 0, 4096, 4 * MIB), 0);
+      assert.equal(image.holeFrom(0, 8 * MIB), 4 * MIB);
+      assert.equal(image.holeFrom(MIB, 2 * MIB), MIB);
+      assert.equal(image.holeFrom(4 * MIB, 8 * MIB), 0);
+      assert.equal(image.holeFrom(4 * MIB + 4095, 8 * MIB), 0);
+      image.close();
+    });
+
     test('an image that was cut meanwhile: an I/O error, no crash and no endless wait', async () => {
       const path = imageWith(patterned(size), parent);
       const image = Image.open(path);

@@ -74,3 +74,34 @@ test('who is parked again while it was taken waits again', () => {
     requests,
   );
 });
+
+test('has tells whether anybody waits on a block of a range', () => {
+  const { parking } = parked(5, 3 * REGION_BLOCKS);
+  for (const [first, end, expected] of [
+    [0, 5, false],
+    [5, 6, true],
+    [6, 3 * REGION_BLOCKS, false],
+    [6, 3 * REGION_BLOCKS + 1, true],
+    [3 * REGION_BLOCKS + 1, 4 * REGION_BLOCKS, false],
+  ] as const)
+    assert.equal(parking.has(first, end), expected, `[${first}, ${end})`);
+  parking.takeAll();
+  assert.equal(parking.has(5, 6), false);
+});
+
+test('takeAbandoned gives those whose session is gone, and leaves the others in order', () => {
+  const { parking, requests } = parked(1, 1, REGION_BLOCKS, 1);
+  requests[1]!.abandoned = true;
+  requests[2]!.abandoned = true;
+  assert.deepEqual(
+    parking.takeAbandoned().map((it) => it.request),
+    [requests[1], requests[2]],
+  );
+  assert.equal(parking.size, 2);
+  assert.equal(parking.has(REGION_BLOCKS, REGION_BLOCKS + 1), false);
+  assert.deepEqual(parking.takeAbandoned(), []);
+  assert.deepEqual(
+    parking.take(1, 2).map((it) => it.request),
+    [requests[0], requests[3]],
+  );
+});

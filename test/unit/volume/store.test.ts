@@ -316,3 +316,55 @@ describe('a zero under way', () => {
     assert.ok(it.image.isHole(0, 8 * B));
   });
 });
+
+describe('changes, as they are told', () => {
+  const told = (request: Io): number[][] => request.changes.map(([offset, length]) => [offset, length]);
+
+  test('a write of its range, in the step that answers it; with FUA before the flush', async () => {
+    it = await StoreFixture.of(4 * B);
+    const write = Io.write(0, patterned(B));
+    it.store.write(write);
+    assert.deepEqual([told(write), write.errno], [[[0, B]], Errno.OK]);
+    const durable = Io.write(B, patterned(2 * B), CommandFlag.FUA);
+    it.store.write(durable);
+    assert.deepEqual([told(durable), durable.errno], [[[B, 2 * B]], undefined]);
+    assert.equal(await durable.done, Errno.OK);
+  });
+
+  test('a trim of the whole blocks that were given back, or of nothing', async () => {
+    it = await StoreFixture.of(10 * B);
+    const [trim, small] = [new Io(B - 1, 3 * B), new Io(5, B)];
+    for (const request of [trim, small]) it.store.trim(request);
+    assert.deepEqual([await trim.done, await small.done], [Errno.OK, Errno.OK]);
+    assert.deepEqual([told(trim), told(small)], [[[B, 2 * B]], [[5, 0]]]);
+    it.image.punch = () => Promise.resolve(false);
+    const unable = new Io(B, 2 * B);
+    it.store.trim(unable);
+    assert.equal(await unable.done, Errno.OK);
+    assert.deepEqual(told(unable), [[B, 0]]);
+  });
+
+  test('a zero when it is done, before who waits for its lock; nothing where it failed', async () => {
+    it = await StoreFixture.of(10 * B);
+    const { calls } = it.hold('zero');
+    const [zero, write] = [new Io(0, 2 * B), Io.write(B, patterned(B))];
+    it.store.zero(zero);
+    it.store.write(write);
+    assert.deepEqual(told(zero), []);
+    await calls[0]!.release();
+    assert.deepEqual([told(zero), told(write)], [[[0, 2 * B]], [[B, B]]]);
+    assert.ok(zero.changes[0]![2] < write.changes[0]![2]);
+    const failing = new Io(0, 2 * B);
+    it.store.zero(failing);
+    await calls[1]!.release(-28);
+    assert.deepEqual([await failing.done, told(failing)], [Errno.ENOSPC, []]);
+  });
+
+  test('whoever waited for a block that a write brought is told after it', async () => {
+    it = await StoreFixture.of(4 * B);
+    const [part, whole] = [Io.write(5, patterned(10)), Io.write(0, patterned(B))];
+    it.store.write(part);
+    it.store.write(whole);
+    assert.ok(whole.changes[0]![2] < part.changes[0]![2]);
+  });
+});

@@ -6,12 +6,13 @@ import {
   Command,
   CommandFlag,
   Errno,
+  EXTENDED_REPLY_MAGIC,
+  EXTENDED_REQUEST_MAGIC,
   SIMPLE_REPLY_MAGIC,
   STRING_BYTES_MAX,
   STRUCTURED_REPLY_MAGIC,
 } from '../../../../src/nbd/constants.js';
 import { assertBytes, BASE_ALLOCATION, type Lab, must, pattern, reading, should } from '../case.js';
-import { EXTENDED_REPLY_MAGIC, EXTENDED_REQUEST_MAGIC } from '../transmission.js';
 import { LONG_DEADLINE_MS } from '../wire.js';
 
 const AT = 2 << 20;

@@ -133,6 +133,13 @@ export const tlsCases = [
       assert.equal(facts.flags & TransmissionFlag.SEND_DF, 0);
     },
   ),
+  must('C5', 'where TLS is offered: extended headers agreed on in clear text are forgotten', async (lab) => {
+    lab.needsExtended();
+    const { haggle } = await secured(lab, (before) => before.ask(Option.EXTENDED_HEADERS));
+    const facts = await haggle.describe(Option.GO, nameOfTls(lab));
+    const compact = { structured: false, extended: false, contexts: [] };
+    await new Transmission(haggle.wire, facts, compact).goesOn();
+  }),
   must('C4', 'where TLS is offered: contexts selected in clear text are forgotten', async (lab) => {
     const { haggle } = await secured(lab, async (before) => {
       await before.ask(Option.STRUCTURED_REPLY);
