@@ -7,7 +7,7 @@ import { join, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const root = resolve(fileURLToPath(import.meta.url), '../..');
-const suites = ['unit', 'property', 'fakes', 'interop', 'crash', 'e2e'];
+const suites = ['unit', 'property', 'fakes', 'fuzz', 'interop', 'crash', 'e2e'];
 
 function testsIn(path) {
   if (statSync(path).isFile()) return path.endsWith('.test.js') ? [path] : [];

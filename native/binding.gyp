@@ -1,6 +1,6 @@
 {
   "variables": {
-    # BLOCKFERRY_SANITIZE=1 builds with ASan and UBSan; run node with LD_PRELOAD="$(g++ -print-file-name=libasan.so)" then.
+    # BLOCKFERRY_SANITIZE=1 builds with ASan and UBSan, for test/fuzz/sanitizers.ts.
     "sanitize%": "<!(echo ${BLOCKFERRY_SANITIZE:-0})",
   },
   "targets": [

@@ -57,7 +57,8 @@ export function packageRoot(): string {
 
 function load(): Addon {
   const root = packageRoot();
-  const file = join(root, 'native/build/Release/blockferry.node');
+  // Another build of it, for tests: test/fuzz/sanitizers.ts.
+  const file = process.env.BLOCKFERRY_ADDON ?? join(root, 'native/build/Release/blockferry.node');
   const remedy = `build it: cd '${root}' && npm run install`;
   if (!existsSync(file))
     throw new BlockferryError('not-found', `the native addon ${file} is missing; ${remedy}`);

@@ -73,6 +73,8 @@ export class ClientHandshake {
   #noZeroes = false;
   #replyBytes = 0;
   #silent = false;
+  /** The client flags were given out to be sent. */
+  #spoke = false;
 
   // What the options brought.
   #form: ReplyForm = 'simple';
@@ -102,11 +104,16 @@ export class ClientHandshake {
     return this.#state.step === 'done' ? this.#state.outcome : null;
   }
 
-  /** What to send before leaving early, so that the server need not guess; null where the protocol knows no such thing. */
+  /**
+   * What to send before leaving early, so that the server need not guess; null where the protocol knows no such thing. A server that
+   * is asked to GO may be in transmission already, where an option is garbage, and one that was sent no client flags yet takes it for
+   * them.
+   */
   get farewell(): Buffer | null {
     const { step } = this.#state;
-    const speaking = step !== 'export-name' && step !== 'start-tls';
-    return this.#fixedNewstyle && speaking ? encodeOption(Option.ABORT) : null;
+    const going = this.#state.step === 'option' && this.#state.option === Option.GO;
+    const speaking = step !== 'export-name' && step !== 'start-tls' && !going;
+    return this.#fixedNewstyle && this.#spoke && speaking ? encodeOption(Option.ABORT) : null;
   }
 
   /** The server has not said a word since TLS began. */
@@ -144,6 +151,7 @@ export class ClientHandshake {
       throw protocolError('it sent more than it was asked for');
     }
     this.#pending = Buffer.from(input.subarray(at));
+    if (reply !== null) this.#spoke = true;
     return reply;
   }
 

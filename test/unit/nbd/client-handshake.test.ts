@@ -233,6 +233,19 @@ describe('client handshake', () => {
     handshake.receive(greeting());
     assert.deepEqual(handshake.farewell, encodeOption(ABORT));
   });
+
+  it('leaves without a word when a server that greets twice has not been answered', () => {
+    const handshake = new ClientHandshake(goal());
+    assert.throws(() => handshake.receive(Buffer.concat([greeting(), greeting()])), { code: 'protocol' });
+    assert.equal(handshake.farewell, null);
+  });
+
+  it('says nothing more behind GO, after which the server may be in transmission', () => {
+    const handshake = new ClientHandshake(goal());
+    const asked = converse(handshake, [greeting(), optionReply(STRUCTURED_REPLY, ERR_UNSUP)]);
+    assert.deepEqual(asked, [STRUCTURED_REPLY, GO]);
+    assert.equal(handshake.farewell, null);
+  });
 });
 
 describe('client handshake: refusals and broken servers', () => {
