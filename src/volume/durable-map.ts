@@ -140,14 +140,29 @@ export class DurableMap {
     const want = PAGES_AT + 2 * this.#pages * SLOT_BYTES;
     const size = fstatSync(this.#fd).size;
     if (size !== want) throw this.#damaged(`it has ${size} bytes, not ${want}`);
+    const written = this.#written();
     const torn = this.#loadHeader();
-    let page = 0;
-    while (page < this.#pages) {
-      const data = native.seekData(this.#fd, PAGES_AT + 2 * page * SLOT_BYTES);
-      if (data === -native.ERRNO.ENXIO) break; // only never-written slots follow
-      if (data >= 0) page = Math.max(page, Math.floor((data - PAGES_AT) / (2 * SLOT_BYTES)));
-      this.#loadPage(page++, torn, into);
+    for (const [first, end] of written)
+      for (let page = first; page < end; page++) this.#loadPage(page, torn, into);
+  }
+
+  /**
+   * Pages that may have been written, as ranges [first, end): a map of a large, young volume is mostly reserved space. To be asked before
+   * anything is read: read-ahead fills reserved space with zeros in memory, and the filesystem takes those for data.
+   */
+  #written(): (readonly [first: number, end: number])[] {
+    const ranges: [number, number][] = [];
+    for (let page = 0; page < this.#pages; ) {
+      const data = native.seekData(this.#fd, slotAt(page, 0));
+      if (data === -native.ERRNO.ENXIO) break;
+      const hole = data < 0 ? data : native.seekHole(this.#fd, data);
+      const first = data < 0 ? page : Math.max(page, Math.floor((data - PAGES_AT) / (2 * SLOT_BYTES)));
+      const end =
+        hole < 0 ? this.#pages : Math.min(this.#pages, Math.ceil((hole - PAGES_AT) / (2 * SLOT_BYTES)));
+      ranges.push([first, end]);
+      page = Math.max(end, first + 1);
     }
+    return ranges;
   }
 
   /** Which pages the last commit may have left torn; undefined if there was none. */
