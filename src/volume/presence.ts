@@ -18,6 +18,8 @@ import { LiveMap, type LiveTag } from './live-map.js';
 
 const LIVE_FILE = 'presence.live';
 const DURABLE_FILE = 'presence.map';
+/** Pages of the durable map that are written together: 4 MiB of them. */
+const PAGES_AT_ONCE = 1000;
 
 export interface PresenceIdentity {
   id: string;
@@ -196,9 +198,13 @@ export class Presence {
     const pages: number[] = [];
     for (let page = this.#changed.indexOf(1); page !== -1; page = this.#changed.indexOf(1, page + 1))
       pages.push(page);
-    this.#changed.fill(0);
     this.#anyChanged = false;
-    await this.durable.commit(copyPages(this.#bits, pages), syncImage);
+    // In rounds, so that a commit of a huge map takes little memory and the thread is not held for long.
+    for (let at = 0; at === 0 || at < pages.length; at += PAGES_AT_ONCE) {
+      const round = pages.slice(at, at + PAGES_AT_ONCE);
+      for (const page of round) this.#changed[page] = 0;
+      await this.durable.commit(copyPages(this.#bits, round), syncImage);
+    }
     if (this.durable.path !== this.#durablePath) {
       renameSync(this.durable.path, this.#durablePath);
       await syncFolder(this.folder);

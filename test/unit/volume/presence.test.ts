@@ -235,6 +235,33 @@ describe('presence.map damaged while presence.live is good', () => {
   });
 });
 
+test('a commit of very many pages goes in rounds, each behind a sync of the image of its own', async () => {
+  const folder = tempFolder();
+  const pages = 2005;
+  const blocks = pages * PAGE_BITS;
+  const identity = { id: randomUUID() as string, mapEpoch: 1, openBootId: bootId() as string | null };
+  const presence = await Presence.create(folder, identity, blocks);
+  for (let page = 0; page < pages; page++) presence.set(page * PAGE_BITS, page * PAGE_BITS + 1);
+  let syncs = 0;
+  await presence.commit(async () => {
+    // Data of blocks in the first and the last page arrives while the first round is under way.
+    if (++syncs > 1) return;
+    presence.set(1, 2);
+    presence.set(blocks - 1, blocks);
+  });
+  assert.equal(syncs, 3);
+  assert.equal(presence.changed, true, 'the first page is due again');
+  const lost = copyOf(folder);
+  rmSync(join(lost, 'presence.live'));
+  const found = await Presence.recover(lost, { ...identity, openBootId: OTHER_BOOT }, blocks);
+  assert.equal(found.present, pages + 1);
+  assert.ok(found.has(blocks - 1) && !found.has(1));
+  found.close();
+  await presence.commit(noImage);
+  assert.equal(presence.changed, false);
+  presence.close();
+});
+
 describe('Presence dropped', () => {
   /** Bits of epoch 1 on disk and in memory. */
   async function full(): Promise<Maps> {
