@@ -3,6 +3,7 @@
 import { BlockferryError } from '../errors.js';
 import type { MachineDefinition } from '../hypervisor/driver.js';
 import { type MachineEntry, usesVolume } from './machine-entry.js';
+import type { MachineProcesses } from './machine-processes.js';
 import type { Volumes } from './volumes.js';
 
 export class MachineDisks {
@@ -12,7 +13,7 @@ export class MachineDisks {
   constructor(
     private readonly volumes: Volumes,
     private readonly entries: ReadonlyMap<string, MachineEntry>,
-    private readonly isUnmanaged: (machine: string) => Promise<boolean>,
+    private readonly processes: MachineProcesses,
   ) {}
 
   /** Does `act`, which starts a process, while no other machine has or gets one of the disks. */
@@ -24,7 +25,8 @@ export class MachineDisks {
   ): Promise<Result> {
     for (const [name, other] of this.entries) {
       const shared = definition.disks.find(({ volume }) => usesVolume(other.definition, volume));
-      if (shared === undefined || name === definition.name || !(await this.isUnmanaged(name))) continue;
+      if (shared === undefined || name === definition.name || !(await this.processes.isUnmanaged(name)))
+        continue;
       throw new BlockferryError(
         'exists',
         `volume "${shared.volume}" is in use by machine "${name}", which a process of an earlier daemon still runs: end it first`,

@@ -5,30 +5,19 @@
  * - A machine is started only while every volume of its disks is served here and writable, and no other machine has one of them.
  * - A process that waits for a migration is started only on standby volumes; it is ended by `discard` only while it cannot have
  *   written, that is, until its volumes have taken over.
- * - `ran` is said of a machine that arrived only after its volumes are settled: from then on no takeover can be taken back.
  * - A guest runs on at the source (`revive`) only on volumes that accept its writes.
  * - A machine that departed is recorded so before its process ends.
- * - What was seen of a volume may be old when it is acted on (volumes.ts says why that is safe). After every such wait this file looks again
- *   at its own entries and records, which another request may have changed; `settle` and the checks of machine-disks.ts do so in one step
- *   behind the last answer.
- * - Processes do not outlive the daemon's knowledge of them unseen: one that an earlier daemon left is shown as `unmanaged`, and its
- *   machine is not started a second time.
+ * - What was seen of a volume may be old when it is acted on (volumes.ts says why that is safe). After every such wait the entries and
+ *   records are looked at again, which another request may have changed; `settle` of machine-processes.ts and the checks of
+ *   machine-disks.ts do so in one step behind the last answer.
  */
 
-import type { Logger } from 'pino';
-import { BlockferryError, messageOf } from '../errors.js';
-import type {
-  Hypervisor,
-  Machine,
-  MachineDefinition,
-  MigrationInfo,
-  StartOptions,
-} from '../hypervisor/driver.js';
+import { BlockferryError } from '../errors.js';
+import type { Machine, MachineDefinition, MigrationInfo } from '../hypervisor/driver.js';
 import type { MachineState, MachineView } from './control/api.js';
 import { MachineDisks } from './machine-disks.js';
-import { describeExit, end, type MachineEntry, newEntry, tcpHost, watchMachine } from './machine-entry.js';
-import type { DaemonRecord } from './record.js';
-import type { Volumes } from './volumes.js';
+import { end, type MachineEntry, newEntry, tcpHost, watchMachine } from './machine-entry.js';
+import { MachineProcesses, type ProcessOptions } from './machine-processes.js';
 import { delay, KeyedQueue } from './waiting.js';
 
 const MACHINES_MAX = 1024;
@@ -45,28 +34,20 @@ const UNDER_WAY = new Set([
   'wait-unplug',
 ]);
 
-export interface MachinesOptions {
-  volumes: Volumes;
-  hypervisor: Hypervisor;
-  /** Where a volume's guest face is served. */
-  diskSocket: (volume: string) => string;
-  /** Whether a process of an earlier daemon still runs the machine. */
-  hasLeftover: (machine: string) => Promise<boolean>;
+export interface MachinesOptions extends ProcessOptions {
   /** Host or IP at which an incoming process listens. */
   migrationAddress: string;
-  record: DaemonRecord;
-  log: Logger;
 }
 
 export class Machines {
   private readonly entries = new Map<string, MachineEntry>();
   private readonly queue = new KeyedQueue();
   private readonly disks: MachineDisks;
-  /** Machines whose process is on its way, by name. */
-  private readonly starting = new Set<string>();
+  private readonly processes: MachineProcesses;
 
   constructor(private readonly options: MachinesOptions) {
-    this.disks = new MachineDisks(options.volumes, this.entries, (name) => this.isUnmanaged(name));
+    this.processes = new MachineProcesses(options, this.entries);
+    this.disks = new MachineDisks(options.volumes, this.entries, this.processes);
   }
 
   /** Makes a machine known. What was recorded of an earlier move of it counts more than its configuration. */
@@ -87,34 +68,14 @@ export class Machines {
     }
   }
 
-  /**
-   * Whether the guest ran here though this daemon did not see it: it writes to disks that are served again, or an earlier daemon ended
-   * before it could note its first write. Only a guest that runs settles a volume.
-   */
-  private async ranUnseen(name: string, entry: MachineEntry): Promise<boolean> {
-    const { record, volumes, log } = this.options;
-    if (entry.ran || entry.machine) return entry.ran;
-    const noted = record.machine(name);
-    if (noted?.state !== 'incoming' || noted.moveId !== entry.moveId) return false;
-    const settled = await Promise.all(entry.definition.disks.map(({ volume }) => volumes.settled(volume)));
-    // While they were asked, the machine may have been discarded, started, or seen to run.
-    if (!settled.includes(true) || this.entries.get(name) !== entry || record.machine(name) !== noted)
-      return entry.ran;
-    entry.ran = true;
-    await record
-      .setMachine(name, { ...noted, state: 'arrived' })
-      .catch((error: unknown) => log.error({ vm: name, err: error }, 'its arrival is not noted'));
-    return true;
-  }
-
   async view(name: string): Promise<MachineView> {
     const entry = this.entry(name);
-    await this.ranUnseen(name, entry);
+    await this.processes.ranUnseen(name, entry);
     const { machine } = entry;
     const status = machine ? await machine.status().catch(() => null) : null;
     const gone: MachineState = entry.departed
       ? 'departed'
-      : (await this.isUnmanaged(name))
+      : (await this.processes.isUnmanaged(name))
         ? 'unmanaged'
         : 'stopped';
     return {
@@ -142,16 +103,16 @@ export class Machines {
       if (entry.machine)
         throw new BlockferryError('exists', `machine "${name}" has a process already (${entry.machine.pid})`);
       if (entry.departed) throw new BlockferryError('phase', `machine "${name}" moved away from this host`);
-      await this.ranUnseen(name, entry);
+      await this.processes.ranUnseen(name, entry);
       if (this.options.record.machine(name)?.state === 'incoming') {
         throw new BlockferryError(
           'phase',
           `machine "${name}" is on its way here by ${entry.moveId} and may still run at its source: continue that with --resume or end it with --abort`,
         );
       }
-      await this.refuseUnmanaged(name);
+      await this.processes.refuseUnmanaged(name);
       await this.disks.reserve(entry.definition, ['plain', 'relocating'], 'start', () =>
-        this.launch(entry, false),
+        this.processes.launch(entry, false),
       );
       entry.ran = true;
       return this.view(name);
@@ -213,7 +174,7 @@ export class Machines {
       if (!present && this.entries.size >= MACHINES_MAX) {
         throw new BlockferryError('no-space', `this daemon has ${MACHINES_MAX} machines and takes no more`);
       }
-      await this.refuseUnmanaged(name);
+      await this.processes.refuseUnmanaged(name);
       const entry = newEntry(definition);
       entry.moveId = moveId;
       entry.before = present?.before ?? { record: this.options.record.machine(name), entry: present };
@@ -226,7 +187,7 @@ export class Machines {
     await this.options.record.setMachine(name, { state: 'incoming', moveId, definition });
     this.entries.set(name, entry);
     try {
-      const machine = await this.launch(entry, true);
+      const machine = await this.processes.launch(entry, true);
       entry.incomingUri = await machine.incoming(`tcp:${tcpHost(this.options.migrationAddress)}:0`);
       return { uri: entry.incomingUri };
     } catch (error) {
@@ -284,10 +245,11 @@ export class Machines {
 
   /** Destination: true once the guest ran here. */
   async waitRunning(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
-    if (await this.isUnmanaged(name)) return this.waitRanUnseen(name, timeoutMs, signal);
+    if (await this.processes.isUnmanaged(name)) return this.waitRanUnseen(name, timeoutMs, signal);
     const { entry, machine } = this.running(name);
     return watchMachine(machine, timeoutMs, signal, async () => {
-      if (!entry.ran && (await machine.status()).state === 'running') await this.settle(name, entry);
+      if (!entry.ran && (await machine.status()).state === 'running')
+        await this.processes.settle(name, entry);
       return { done: entry.ran || entry.machine !== machine, value: entry.ran };
     });
   }
@@ -295,7 +257,7 @@ export class Machines {
   private async waitRanUnseen(name: string, timeoutMs: number, signal: AbortSignal): Promise<boolean> {
     const entry = this.entry(name);
     for (const deadline = performance.now() + timeoutMs; ; ) {
-      if (await this.ranUnseen(name, entry)) return true;
+      if (await this.processes.ranUnseen(name, entry)) return true;
       const leftMs = deadline - performance.now();
       if (leftMs <= 0 || signal.aborted) return false;
       await delay(Math.min(leftMs, UNSEEN_POLL_MS), signal).catch(() => undefined);
@@ -328,7 +290,7 @@ export class Machines {
       if (entry.moveId !== moveId) {
         throw new BlockferryError('exists', `machine "${name}" here did not come with move ${moveId}`);
       }
-      await this.refuseUnmanaged(name);
+      await this.processes.refuseUnmanaged(name);
       await this.disks.check(entry.definition, ['standby', 'absent', 'unavailable'], 'be discarded');
       await this.forget(name, entry);
     });
@@ -360,73 +322,6 @@ export class Machines {
     const found = this.running(name);
     if (found.entry.moveId === moveId) return found;
     throw new BlockferryError('exists', `machine "${name}" is not claimed by move ${moveId}`);
-  }
-
-  private async refuseUnmanaged(name: string): Promise<void> {
-    if (!(await this.isUnmanaged(name))) return;
-    throw new BlockferryError(
-      'exists',
-      `a process of an earlier daemon still runs machine "${name}": end it first, this daemon does not take it over`,
-    );
-  }
-
-  private async isUnmanaged(name: string): Promise<boolean> {
-    // A process that is starting is ours, and asking it would fill the short queue in front of its control socket.
-    if (this.entries.get(name)?.machine || this.starting.has(name)) return false;
-    return this.options.hasLeftover(name);
-  }
-
-  private async launch(entry: MachineEntry, incoming: boolean): Promise<Machine> {
-    const { hypervisor, diskSocket, log } = this.options;
-    const { definition } = entry;
-    const disks: Record<string, StartOptions['disks'][string]> = {};
-    for (const { volume } of definition.disks) {
-      disks[volume] = { socketPath: diskSocket(volume), exportName: volume };
-    }
-    entry.error = null;
-    entry.ran = false;
-    entry.sent = false;
-    let machine: Machine;
-    this.starting.add(definition.name);
-    try {
-      machine = await hypervisor.start(definition, { disks, incoming });
-    } catch (error) {
-      entry.error = messageOf(error);
-      throw error;
-    } finally {
-      this.starting.delete(definition.name);
-    }
-    entry.machine = machine;
-    log.info({ vm: definition.name, pid: machine.pid, incoming }, 'machine started');
-    machine.onEvent((event) => {
-      if (event.kind === 'resumed' && entry.incomingUri !== null) {
-        this.settle(definition.name, entry).catch((error: unknown) =>
-          log.warn({ vm: definition.name, err: error }, 'the machine runs on volumes that did not take over'),
-        );
-      }
-      if (event.kind === 'io-error') {
-        entry.error = `I/O error on ${event.node} (${event.operation}): ${event.reason}`;
-        log.error({ vm: definition.name, ...event }, 'guest I/O error');
-      }
-    });
-    void machine.exited.then((exit) => {
-      entry.machine = null;
-      entry.error = describeExit(exit) ?? entry.error;
-      log.info({ vm: definition.name, code: exit.code, signal: exit.signal }, 'machine ended');
-    });
-    return machine;
-  }
-
-  /** The guest runs here. Where its volumes were retreated from in the same moment, it counts as never having run. */
-  private async settle(name: string, entry: MachineEntry): Promise<void> {
-    if (entry.ran) return;
-    await Promise.all(
-      entry.definition.disks.map(({ volume }) => this.options.volumes.service(volume).settle()),
-    );
-    if (entry.ran || this.entries.get(name) !== entry) return;
-    entry.ran = true;
-    const { moveId, definition } = entry;
-    await this.options.record.setMachine(name, { state: 'arrived', moveId: moveId ?? '', definition });
   }
 
   /** Undoes `incoming`. */

@@ -22,9 +22,9 @@
 import { mkdirSync } from 'node:fs';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
-import type { CreateVolume, ServedVolume, UnavailableVolume, VolumeView } from './control/api.js';
+import type { CreateVolume, VolumeView } from './control/api.js';
 import type { HeldVolume, HoldVolume } from './held-volume.js';
-import { allocatedBytes, freeBytes, freeImagePath } from './images.js';
+import { freeBytes, freeImagePath } from './images.js';
 import type { OpenMode } from './open.js';
 import type { ExportListener, ExportPolicy, ExportTable, ListenSettings } from './parts.js';
 import type { DaemonRecord } from './record.js';
@@ -32,6 +32,7 @@ import { bringRetiredBack, retiredId, setRetiredAside } from './retired.js';
 import type { Phase, RetreatProof } from './service.js';
 import { hasState } from './state-dir.js';
 import { ThreadLostError } from './threads/messages.js';
+import { type OpenEntry, quietPhaseOf, unavailable, type VolumeEntry, viewOf } from './volume-entry.js';
 import { KeyedQueue, Occurrence } from './waiting.js';
 
 export const VOLUMES_MAX = 4096;
@@ -56,16 +57,8 @@ export interface VolumesOptions {
   log: Logger;
 }
 
-interface OpenEntry {
-  kind: 'open';
-  service: HeldVolume;
-  mode: OpenMode;
-  handoff: Occurrence;
-}
-type Entry = OpenEntry | { kind: 'unavailable'; view: UnavailableVolume };
-
 export class Volumes {
-  private readonly entries = new Map<string, Entry>();
+  private readonly entries = new Map<string, VolumeEntry>();
   private readonly queue = new KeyedQueue();
   private closing = false;
   /** What went wrong while all were closed. */
@@ -99,26 +92,17 @@ export class Volumes {
 
   /** What the volume is once nothing is about to change that: not its coming or going, nor its phase. */
   quietPhase(name: string): Promise<Phase | 'unavailable' | 'absent'> {
-    return this.queue.run(name, async () => {
-      const entry = this.entries.get(name);
-      if (!entry) return 'absent';
-      if (entry.kind === 'open') return (await entry.service.look(true)).status.phase;
-      return entry.view.retiredId === null ? 'unavailable' : 'retired';
-    });
+    return this.queue.run(name, () => quietPhaseOf(this.entries.get(name)));
   }
 
   /** What the volume is now, though a change may be under way. */
   async view(name: string): Promise<VolumeView> {
-    const entry = this.known(name);
-    return entry.kind === 'open' ? this.served(entry, false) : entry.view;
+    return this.look(this.known(name));
   }
 
   /** As `quietPhase`. */
   quietView(name: string): Promise<VolumeView> {
-    return this.queue.run(name, async () => {
-      const entry = this.known(name);
-      return entry.kind === 'open' ? this.served(entry, true) : entry.view;
-    });
+    return this.queue.run(name, async () => this.look(this.known(name), true));
   }
 
   /** The volume took over, and cannot go back. False also where that cannot be told now. */
@@ -143,13 +127,12 @@ export class Volumes {
     if (!entry) return null;
     if (entry.kind === 'unavailable') return entry.view;
     try {
-      return await this.served(entry, false);
+      return await this.look(entry);
     } catch (error) {
       const now = this.entries.get(name);
       if (!now) return null;
-      return now.kind === 'unavailable'
-        ? now.view
-        : unavailable(name, entry.service.image, null, messageOf(error));
+      if (now.kind === 'unavailable') return now.view;
+      return unavailable(name, entry.service.image, null, messageOf(error));
     }
   }
 
@@ -179,8 +162,7 @@ export class Volumes {
       const present = this.entries.get(name);
       if (present?.kind === 'open') {
         const { status } = await present.service.look();
-        if (present.service.id === request.volumeId && status.phase === 'standby')
-          return this.served(present, false);
+        if (present.service.id === request.volumeId && status.phase === 'standby') return this.look(present);
         if (status.phase !== 'retired') {
           throw new BlockferryError('exists', `there is a volume "${name}" (${status.phase}) here already`);
         }
@@ -306,7 +288,7 @@ export class Volumes {
     return path === null ? null : { path, freeBytes: freeBytes(path) };
   }
 
-  private known(name: string): Entry {
+  private known(name: string): VolumeEntry {
     const entry = this.entries.get(name);
     if (entry) return entry;
     throw new BlockferryError('not-found', `this daemon has no volume "${name}"`);
@@ -318,16 +300,8 @@ export class Volumes {
     throw new BlockferryError('closed', `volume "${name}" is not served: ${entry.view.error}`);
   }
 
-  private async served({ service }: OpenEntry, quiet: boolean): Promise<ServedVolume> {
-    const { status } = await service.look(quiet);
-    const { link } = this.options;
-    return {
-      ...status,
-      clients: status.clients + (link?.listener.connections(service.name) ?? 0),
-      image: service.image,
-      linkUri: link?.listener.addresses(service.name)[0] ?? null,
-      allocatedBytes: allocatedBytes(service.image, service.size),
-    };
+  private look(entry: VolumeEntry, quiet = false): Promise<VolumeView> {
+    return viewOf(entry, quiet, this.options.link?.listener);
   }
 
   /** A thread that died meanwhile may have died of another volume: a second attempt, of one volume at a time, tells. */
@@ -407,10 +381,6 @@ export class Volumes {
     await this.unpublish(name, entry);
     await entry.service.close();
   }
-}
-
-function unavailable(name: string, image: string, retired: string | null, error: string): UnavailableVolume {
-  return { name, phase: 'unavailable', retiredId: retired, image, error };
 }
 
 /** Null for a thread that died. */

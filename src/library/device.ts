@@ -29,8 +29,8 @@ export type Done = void | Promise<void>;
  * What `createDevice` makes a device of. Only `size` and `read` are a must.
  *
  * `offset` and `length` are bytes, offset + length <= size, length >= 1. Up to 1024 requests of each connection may be under way at
- * once, in any order; requests that overlap in time and range may be carried out in either order. `buffer` belongs to the function until it is done,
- * and must not be touched afterwards: its memory is used again.
+ * once, in any order; requests that overlap in time and range may be carried out in either order. `buffer` belongs to the function
+ * until it is done, and must not be touched afterwards: its memory is used again.
  *
  * A function fails by throwing or rejecting. The client is told EIO, unless the error is an NbdReplyError (its errno), a
  * BlockferryError of code 'no-space', 'read-only', 'bounds' or 'closed', the failure of an NbdClient's request (what its server said),
@@ -44,8 +44,8 @@ export interface DeviceFunctions {
   /** Keeps the buffer's content from `offset` on. Without it the device is read-only. */
   write?(offset: number, buffer: Buffer): Done;
   /**
-   * Done when every change that was done before the call is on stable storage. Called for FLUSH, and after a change that the client wants durable
-   * (FUA). Without it every change counts as durable when it is done.
+   * Done when every change that was done before the call is on stable storage. Called for FLUSH, and after a change that the client
+   * wants durable (FUA). Without it every change counts as durable when it is done.
    */
   flush?(): Done;
   /** The content of the range is of no use any more: may do anything to it, or nothing. Default: nothing. */

@@ -11,13 +11,10 @@ export {
   type Extent,
   type ListedExport,
   NbdClient,
-  type NbdClientOptions,
   NbdReplyError,
-  type ReadOptions,
-  type WriteOptions,
-  type ZeroOptions,
 } from '../nbd/client/client.js';
 export type { ConnectLimits } from '../nbd/client/connect.js';
+export type { NbdClientOptions, ReadOptions, WriteOptions, ZeroOptions } from '../nbd/client/options.js';
 export type { BlockSize } from '../nbd/codec/client.js';
 export {
   ALLOCATION_DEPTH,

@@ -23,8 +23,8 @@ export interface NbdExport {
   /** Shown to and opened for clients behind TLS only. Default: false. */
   readonly tlsOnly?: boolean;
   /**
-   * Who may do what, up to 256 rules as `read:address=10.0.0.0/8` or `write:certificate=host-a` (docs/operations.md has them all). The first
-   * one that fits counts, and whom none fits sees nothing. Default: everybody may do what the device allows.
+   * Who may do what, up to 256 rules as `read:address=10.0.0.0/8` or `write:certificate=host-a` (docs/access.md has them all). The
+   * first one that fits counts, and whom none fits sees nothing. Default: everybody may do what the device allows.
    */
   readonly access?: readonly string[];
   /** Clients served at the same time, >= 1. Default: no limit but the server's. */
@@ -36,8 +36,8 @@ export interface NbdServerOptions {
   /** A function is asked anew for each client, so that exports may come and go; clients keep what they have chosen. */
   readonly exports: readonly NbdExport[] | (() => readonly NbdExport[]);
   /**
-   * `unix:PATH`, `HOST:PORT`, `[V6]:PORT`, `fd:N` (a descriptor that listens already) or `stdio`, one or more. Port 0 lets the system choose.
-   * The socket file of a server that is gone is replaced, a live one refused. Default: `127.0.0.1:10809`.
+   * `unix:PATH`, `HOST:PORT`, `[V6]:PORT`, `fd:N` (a descriptor that listens already) or `stdio`, one or more. Port 0 lets the system
+   * choose. The socket file of a server that is gone is replaced, a live one refused. Default: `127.0.0.1:10809`.
    */
   readonly listen?: readonly string[];
   /** Default: no TLS. */

@@ -2,7 +2,8 @@
 
 import assert from 'node:assert/strict';
 import { BlockferryError, type ErrorCode } from '../../src/errors.js';
-import { NbdClient, type NbdClientOptions } from '../../src/nbd/client/client.js';
+import { NbdClient } from '../../src/nbd/client/client.js';
+import type { NbdClientOptions } from '../../src/nbd/client/options.js';
 import { type FakeExport, type FakePeer, type FakeRequest, startFakeServer } from './fake-server.js';
 
 export const OFFSET = 4096;

@@ -10,7 +10,7 @@ import { link, writeFile } from 'node:fs/promises';
 import net from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
 import { Command, Errno, TransmissionFlag } from '../../src/nbd/constants.js';
-import { describeVolume } from '../../src/relocation/link.js';
+import { describeVolume } from '../../src/relocation/source-identity.js';
 import { BAD_HANDSHAKES } from './bad-handshakes.js';
 import { BAD_READ_REPLIES, BAD_STATUS_REPLIES } from './bad-replies.js';
 import {

@@ -5,7 +5,7 @@ import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { Command, Errno } from '../../src/nbd/constants.js';
 import type { ClientTlsSettings } from '../../src/nbd/tls.js';
-import { describeVolume } from '../../src/relocation/link.js';
+import { describeVolume } from '../../src/relocation/source-identity.js';
 import type { Pki } from '../support/pki.js';
 import {
   dataChunk,

@@ -11,18 +11,14 @@
 import type { Socket } from 'node:net';
 import { BlockferryError, messageOf } from '../../errors.js';
 import { encodeOption, encodeStatusFilter, type ListedExport, protocolError } from '../codec/client.js';
-import {
-  Command,
-  CommandFlag,
-  Option,
-  PAYLOAD_BYTES_DEFAULT,
-  PAYLOAD_BYTES_MAX,
-  TransmissionFlag,
-} from '../constants.js';
+import { Command, CommandFlag, Option, TransmissionFlag } from '../constants.js';
 import { parseNbdUri } from '../uri.js';
 import { type Connection, type ConnectLimits, describeLoss, openConnection } from './connect.js';
 import type { ExportInfo } from './export-info.js';
+import type { NbdClientOptions, ReadOptions, WriteOptions, ZeroOptions } from './options.js';
+import { OverdueWatch } from './overdue.js';
 import { ReplyReader } from './reply-reader.js';
+import { RequestChecks } from './request-checks.js';
 import { CLIENT_REQUESTS_MAX, type Extent, type PendingRequest, RequestTable } from './requests.js';
 import { RequestSender } from './sender.js';
 
@@ -32,51 +28,6 @@ export { type Extent, NbdReplyError } from './requests.js';
 
 /** How long `close` waits for answers, and then for the server to hang up, before it cuts the connection. */
 export const CLOSE_TIMEOUT_MS = 10_000;
-/** A request that waits so many times `requestTimeoutMs` was forgotten by the server, though it answers others. */
-export const OVERTAKEN_MAX = 10;
-/** Looks for overdue requests in one `requestTimeoutMs`. */
-const SWEEPS = 8;
-/** A server that lets fewer bytes drip than this, and completes no answer, counts as silent. */
-export const HEARD_BYTES_MIN = 1024;
-const U32_MAX = 0xffffffff;
-
-/** How to connect, and what to ask for. */
-export interface NbdClientOptions extends ConnectLimits {
-  /** Metadata contexts to ask for, as `base:allocation`; those the server agreed to are in `info.contexts`. */
-  readonly contexts?: readonly string[];
-  /** Fail ('source-io') rather than connect without structured replies. */
-  readonly requireStructured?: boolean;
-  /** Ask for extended headers, which take requests longer than 4 GiB; `info.extended` says whether the server has them. Default: true. */
-  readonly extendedHeaders?: boolean;
-  /**
-   * A request unanswered for so long, while nothing else came either (or next to nothing, HEARD_BYTES_MIN), ends the connection ('timeout'): many long requests on a slow
-   * connection are no fault. One request may be overtaken by others for OVERTAKEN_MAX times as long. Default: none. Exact to an eighth.
-   */
-  readonly requestTimeoutMs?: number;
-}
-
-/** Of what changes an export. */
-export interface WriteOptions {
-  /** Answered only when the data is on stable storage. */
-  readonly fua?: boolean;
-}
-
-/** Of `zero`. */
-export interface ZeroOptions extends WriteOptions {
-  /** The range stays allocated. */
-  readonly noHole?: boolean;
-  /**
-   * Fail at once ('source-io', with an NbdReplyError of errno ENOTSUP), and change nothing, unless it takes less time than to write the
-   * zeroes. Only where the server offers it (TransmissionFlag.SEND_FAST_ZERO), else 'usage'.
-   */
-  readonly fast?: boolean;
-}
-
-/** Of `read`. */
-export interface ReadOptions {
-  /** The server must send the range in one piece; it may fail what is longer than 64 KiB with EOVERFLOW. */
-  readonly dontFragment?: boolean;
-}
 
 /**
  * A connection to one export.
@@ -99,9 +50,9 @@ export class NbdClient {
   readonly #table = new RequestTable();
   readonly #reader: ReplyReader;
   readonly #sender: RequestSender;
-  readonly #alignment: number;
-  /** Longest request without payload, bytes. */
-  readonly #lengthMax: number;
+  readonly #checks: RequestChecks;
+  /** Null without `requestTimeoutMs`. */
+  readonly #watch: OverdueWatch | null;
   /** BLOCK_STATUS can ask for one of several contexts. */
   readonly #filters: boolean;
   #state: 'open' | 'draining' | 'closed' = 'open';
@@ -111,24 +62,17 @@ export class NbdClient {
   #refusal: BlockferryError | null = null;
   #resolveClosed!: (reason: BlockferryError | null) => void;
   #drainTimer: NodeJS.Timeout | null = null;
-  #sweep: NodeJS.Timeout | null = null;
-  /** Sweeps since something came. Not a time: in a process that was stopped, the answers may be there and just not read yet. */
-  #silentSweeps = 0;
-  /** Bytes since then, and what `#table.settled` was then. */
-  #heardBytes = 0;
-  #settledThen = 0;
 
   private constructor(connection: Connection, info: ExportInfo, requestTimeoutMs: number | undefined) {
     this.info = info;
-    this.payloadBytesMax = Math.min(info.blockSize?.maximum ?? PAYLOAD_BYTES_DEFAULT, PAYLOAD_BYTES_MAX);
+    this.#checks = new RequestChecks(info, connection.peer);
+    this.payloadBytesMax = this.#checks.payloadBytesMax;
     this.closed = new Promise((resolve) => {
       this.#resolveClosed = resolve;
     });
     this.#socket = connection.socket;
     this.#peer = connection.peer;
-    this.#alignment = info.blockSize?.minimum ?? 1;
     this.#sender = new RequestSender(connection.socket, info.extended);
-    this.#lengthMax = info.extended ? info.size : U32_MAX;
     this.#filters = (info.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD) !== 0 && info.contexts.size > 1;
     const contexts = [...info.contexts];
     this.#reader = new ReplyReader(this.#table, {
@@ -142,13 +86,13 @@ export class NbdClient {
     this.#table.onShutdown = () => {
       this.#drain(new BlockferryError('closed', `the server at ${this.#peer} is shutting down`));
     };
-    if (requestTimeoutMs !== undefined) {
-      this.#sweep = setInterval(
-        () => this.#checkOverdue(requestTimeoutMs),
-        Math.max(1, requestTimeoutMs / SWEEPS),
-      );
-      this.#sweep.unref();
-    }
+    this.#watch =
+      requestTimeoutMs === undefined
+        ? null
+        : new OverdueWatch(this.#table, requestTimeoutMs, (request, waitedMs) => {
+            const what = `${this.#peer} did not answer ${request.describe()} within ${waitedMs} ms`;
+            this.#over(new BlockferryError('timeout', what));
+          });
     connection.handTo({
       received: (bytes, length) => this.#received(bytes, length),
       ended: (error) => this.#ended(error),
@@ -160,7 +104,8 @@ export class NbdClient {
   /**
    * Connects to the export that `uri` names, as in `nbd://HOST:PORT/NAME` or `nbds+unix:///NAME?socket=PATH`, and haggles. Rejects with
    * 'address' (not a usable URI), 'source-unreachable' (nobody answers, or not without TLS), 'timeout', 'closed' (the server hung
-   * up, or `signal` fired), 'protocol', 'not-found' (no such export), 'source-io' (the server refused), or 'tls' (credentials, or the peer's).
+   * up, or `signal` fired), 'protocol', 'not-found' (no such export), 'source-io' (the server refused), or 'tls' (credentials, or the
+   * peer's).
    */
   static async connect(uri: string, options: NbdClientOptions = {}): Promise<NbdClient> {
     const parsed = parseNbdUri(uri);
@@ -201,9 +146,10 @@ export class NbdClient {
     if (buffer === undefined) return this.#readNew(offset, length);
     const whole = options?.dontFragment === true;
     const wrong =
-      this.#check(offset, length) ??
-      this.#checkPayload(length, buffer, at) ??
-      (whole ? this.#lacks(TransmissionFlag.SEND_DF, 'DF') : null);
+      this.#refusal ??
+      this.#checks.range(offset, length) ??
+      this.#checks.payload(length, buffer, at) ??
+      (whole ? this.#checks.offers(TransmissionFlag.SEND_DF, 'DF') : null);
     if (wrong !== null) return Promise.reject(wrong);
     if (length === 0) return Promise.resolve();
     const request = this.#table.take();
@@ -233,7 +179,10 @@ export class NbdClient {
   ): Promise<void> {
     const at = typeof from === 'number' ? from : 0;
     const options = typeof from === 'number' ? last : from;
-    const wrong = this.#checkChange(offset, length, options) ?? this.#checkPayload(length, buffer, at);
+    const wrong =
+      this.#refusal ??
+      this.#checks.change(offset, length, options?.fua === true) ??
+      this.#checks.payload(length, buffer, at);
     if (wrong !== null) return Promise.reject(wrong);
     if (length === 0) return Promise.resolve();
     const request = this.#table.take();
@@ -247,23 +196,26 @@ export class NbdClient {
 
   /** Resolves when every write answered before this call is on stable storage. */
   flush(): Promise<void> {
-    const wrong = this.#refusal ?? this.#lacks(TransmissionFlag.SEND_FLUSH, 'FLUSH');
+    const wrong = this.#refusal ?? this.#checks.offers(TransmissionFlag.SEND_FLUSH, 'FLUSH');
     return this.#command(wrong, Command.FLUSH, 0, 0, 0);
   }
 
   /** The content of the range is of no use any more. `length` < 2^32, unless `info.extended`; so below. */
   trim(offset: number, length: number, options?: WriteOptions): Promise<void> {
     const wrong =
-      this.#checkChange(offset, length, options) ?? this.#lacks(TransmissionFlag.SEND_TRIM, 'TRIM');
+      this.#refusal ??
+      this.#checks.change(offset, length, options?.fua === true) ??
+      this.#checks.offers(TransmissionFlag.SEND_TRIM, 'TRIM');
     return this.#command(wrong, Command.TRIM, options?.fua === true ? CommandFlag.FUA : 0, offset, length);
   }
 
   /** The range reads as zeroes afterwards. */
   zero(offset: number, length: number, options?: ZeroOptions): Promise<void> {
     const wrong =
-      this.#checkChange(offset, length, options) ??
-      this.#lacks(TransmissionFlag.SEND_WRITE_ZEROES, 'WRITE_ZEROES') ??
-      (options?.fast === true ? this.#lacks(TransmissionFlag.SEND_FAST_ZERO, 'FAST_ZERO') : null);
+      this.#refusal ??
+      this.#checks.change(offset, length, options?.fua === true) ??
+      this.#checks.offers(TransmissionFlag.SEND_WRITE_ZEROES, 'WRITE_ZEROES') ??
+      (options?.fast === true ? this.#checks.offers(TransmissionFlag.SEND_FAST_ZERO, 'FAST_ZERO') : null);
     const flags =
       (options?.fua === true ? CommandFlag.FUA : 0) |
       (options?.noHole === true ? CommandFlag.NO_HOLE : 0) |
@@ -273,7 +225,10 @@ export class NbdClient {
 
   /** Asks the server to have the range at hand. */
   cache(offset: number, length: number): Promise<void> {
-    const wrong = this.#check(offset, length) ?? this.#lacks(TransmissionFlag.SEND_CACHE, 'CACHE');
+    const wrong =
+      this.#refusal ??
+      this.#checks.range(offset, length) ??
+      this.#checks.offers(TransmissionFlag.SEND_CACHE, 'CACHE');
     return this.#command(wrong, Command.CACHE, 0, offset, length);
   }
 
@@ -288,7 +243,7 @@ export class NbdClient {
     length: number,
     options?: { one?: boolean },
   ): Promise<Extent[]> {
-    const wrong = this.#check(offset, length);
+    const wrong = this.#refusal ?? this.#checks.range(offset, length);
     if (wrong !== null) throw wrong;
     if (length === 0) throw new BlockferryError('bounds', 'the status of no bytes was asked for');
     const contextId = this.info.contexts.get(context);
@@ -333,20 +288,13 @@ export class NbdClient {
 
   #received(bytes: Buffer, length: number): void {
     if (this.#state === 'closed') return;
-    this.#heardBytes += length;
     try {
       this.#reader.receive(bytes, length);
-      if (this.#heardBytes >= HEARD_BYTES_MIN || this.#table.settled !== this.#settledThen) this.#heard();
+      this.#watch?.heard(length);
     } catch (error) {
       const known = error instanceof BlockferryError ? error : protocolError(messageOf(error));
       this.#over(new BlockferryError(known.code, `${this.#peer}: ${known.message}`, { cause: error }));
     }
-  }
-
-  #heard(): void {
-    this.#silentSweeps = 0;
-    this.#heardBytes = 0;
-    this.#settledThen = this.#table.settled;
   }
 
   #ended(error: Error | null): void {
@@ -389,59 +337,9 @@ export class NbdClient {
     request.flags = flags;
     request.offset = offset;
     request.length = length;
-    if (this.#sweep !== null) request.startedAtMs = performance.now();
+    if (this.#watch !== null) request.startedAtMs = performance.now();
     this.#sender.request(flags, command, request.generation, request.index, offset, wireLength);
     return this.#table.promiseOf(request);
-  }
-
-  #check(offset: number, length: number): BlockferryError | null {
-    if (this.#refusal !== null) return this.#refusal;
-    if (!isCount(offset) || !isCount(length) || length > this.info.size - offset) {
-      return new BlockferryError(
-        'bounds',
-        `${length} bytes at ${offset} are not inside an export of ${this.info.size}`,
-      );
-    }
-    if (length > this.#lengthMax) {
-      return new BlockferryError(
-        'bounds',
-        `${length} bytes in one request, of ${this.#lengthMax} at most: split it`,
-      );
-    }
-    if (this.#alignment > 1 && (offset % this.#alignment !== 0 || length % this.#alignment !== 0)) {
-      const message = `${length} bytes at ${offset} are not aligned to the server's minimum block of ${this.#alignment}`;
-      return new BlockferryError('bounds', message);
-    }
-    return null;
-  }
-
-  #checkPayload(length: number, buffer: Buffer, at: number): BlockferryError | null {
-    if (length > this.payloadBytesMax) {
-      return new BlockferryError(
-        'bounds',
-        `${length} bytes in one request, of ${this.payloadBytesMax} at most: split it`,
-      );
-    }
-    if (!isCount(at) || length > buffer.length - at) {
-      return new BlockferryError(
-        'bounds',
-        `${length} bytes from ${at} on do not fit a buffer of ${buffer.length}`,
-      );
-    }
-    return null;
-  }
-
-  #checkChange(offset: number, length: number, options: WriteOptions | undefined): BlockferryError | null {
-    const wrong = this.#check(offset, length);
-    if (wrong !== null) return wrong;
-    if (this.info.readOnly)
-      return new BlockferryError('read-only', `the export at ${this.#peer} is read-only`);
-    return options?.fua === true ? this.#lacks(TransmissionFlag.SEND_FUA, 'FUA') : null;
-  }
-
-  #lacks(flag: number, what: string): BlockferryError | null {
-    if ((this.info.flags & flag) !== 0) return null;
-    return new BlockferryError('usage', `the server at ${this.#peer} does not offer ${what}`);
   }
 
   #drain(reason: BlockferryError | null): void {
@@ -471,36 +369,17 @@ export class NbdClient {
     }, CLOSE_TIMEOUT_MS);
   }
 
-  #checkOverdue(requestTimeoutMs: number): void {
-    this.#silentSweeps++;
-    const nowMs = performance.now();
-    const late = this.#table.overdue(nowMs - requestTimeoutMs);
-    if (late === null) return;
-    const silent = this.#silentSweeps > SWEEPS;
-    if (!silent && nowMs - late.startedAtMs < requestTimeoutMs * OVERTAKEN_MAX) return;
-    this.#over(
-      new BlockferryError(
-        'timeout',
-        `${this.#peer} did not answer ${late.describe()} within ${silent ? requestTimeoutMs : requestTimeoutMs * OVERTAKEN_MAX} ms`,
-      ),
-    );
-  }
-
   #over(reason: BlockferryError | null): void {
     if (this.#state === 'closed') return;
     this.#state = 'closed';
     if (this.#drainTimer !== null) clearTimeout(this.#drainTimer);
-    if (this.#sweep !== null) clearInterval(this.#sweep);
+    this.#watch?.stop();
     this.#socket.destroy();
     const message = reason?.message ?? `the connection to ${this.#peer} was closed`;
     this.#refusal = new BlockferryError('closed', message, { cause: reason });
     this.#table.failAll(this.#refusal);
     this.#resolveClosed(reason);
   }
-}
-
-function isCount(value: number): boolean {
-  return Number.isSafeInteger(value) && value >= 0;
 }
 
 function tooMany(): BlockferryError {

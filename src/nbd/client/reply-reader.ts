@@ -25,7 +25,8 @@ import {
   STRING_BYTES_MAX,
   STRUCTURED_REPLY_MAGIC,
 } from '../constants.js';
-import type { Extent, PendingRequest, RequestTable } from './requests.js';
+import type { PendingRequest, RequestTable } from './requests.js';
+import { StatusReader, type StatusReaderOptions } from './status-reader.js';
 
 /** Longest error chunk that is read, bytes: the longest message, and room for fields of types to come. */
 export const ERROR_CHUNK_BYTES_MAX = STRING_BYTES_MAX + 1024;
@@ -52,17 +53,11 @@ const Expect = {
 } as const;
 type Expect = (typeof Expect)[keyof typeof Expect];
 
-export interface ReplyReaderOptions {
+export interface ReplyReaderOptions extends StatusReaderOptions {
   /** Structured replies, or extended headers, were agreed on. */
   readonly structured: boolean;
   /** Extended headers were agreed on. Default: false. */
   readonly extended?: boolean;
-  /** Ids of the agreed metadata contexts. */
-  readonly contextIds: ReadonlySet<number>;
-  /** Those of them whose status has 32 bits at most. Default: none is known to. */
-  readonly narrowContextIds?: ReadonlySet<number>;
-  /** Size of the export, bytes. */
-  readonly size: number;
 }
 
 export class ReplyReader {
@@ -70,6 +65,7 @@ export class ReplyReader {
   readonly #extended: boolean;
   readonly #headerBytes: number;
   readonly #extentBytes: number;
+  readonly #status: StatusReader;
   /** Bytes of the unit that comes next. */
   #need: number;
   readonly #scratch = Buffer.alloc(STRING_BYTES_MAX + 64);
@@ -84,10 +80,6 @@ export class ReplyReader {
   /** Where in the request's buffer the next payload byte goes. */
   #destination = 0;
 
-  /** BLOCK_STATUS: the chunk's context is the one that was asked for; bytes its extents describe so far. */
-  #wanted = false;
-  #narrow = false;
-  #described = 0;
   #messageLength = 0;
 
   constructor(
@@ -98,6 +90,7 @@ export class ReplyReader {
     this.#headerBytes = this.#extended ? EXTENDED_REPLY_HEADER_BYTES : SIMPLE_REPLY_HEADER_BYTES;
     this.#extentBytes = this.#extended ? 16 : 8;
     this.#need = this.#headerBytes;
+    this.#status = new StatusReader(options);
   }
 
   /** Takes input[0, length). */
@@ -153,7 +146,7 @@ export class ReplyReader {
         this.#statusContext(bytes.readUInt32BE(at), this.#extended ? bytes.readUInt32BE(at + 4) : null);
         break;
       case Expect.StatusExtent:
-        if (this.#extended) this.#statusExtent(read64(bytes, at), this.#wideStatus(bytes, at + 8));
+        if (this.#extended) this.#statusExtent(read64(bytes, at), read64(bytes, at + 8));
         else this.#statusExtent(bytes.readUInt32BE(at), bytes.readUInt32BE(at + 4));
         break;
       case Expect.ErrorHead:
@@ -300,47 +293,16 @@ export class ReplyReader {
 
   /** `count`: how many extents the chunk says it has, if it says. */
   #statusContext(contextId: number, count: number | null): void {
-    const request = this.#request as PendingRequest;
-    if (!this.options.contextIds.has(contextId))
-      throw protocolError(`block status of the unknown context ${contextId}`);
-    request.contextsAnswered ??= new Set();
-    if (request.contextsAnswered.has(contextId))
-      throw protocolError(`the context ${contextId} answers twice`);
-    request.contextsAnswered.add(contextId);
-    this.#wanted = contextId === request.contextId;
-    this.#narrow = this.options.narrowContextIds?.has(contextId) ?? false;
-    if (this.#wanted) request.extents = [];
-    this.#described = 0;
-    if (request.filtered && !this.#wanted)
-      throw protocolError(`block status of the context ${contextId}, which was not asked for`);
     this.#remaining -= this.#need;
-    if (count !== null && count * this.#extentBytes !== this.#remaining)
+    const extents = this.#remaining / this.#extentBytes;
+    if (count !== null && count !== extents)
       throw protocolError(`a count of ${count} extents, in ${this.#remaining} bytes`);
-    if (this.#remaining !== this.#extentBytes && (request.flags & CommandFlag.REQ_ONE) !== 0) {
-      throw protocolError('several extents where one was asked for');
-    }
+    this.#status.begin(this.#request as PendingRequest, contextId, extents);
     this.#next(Expect.StatusExtent, this.#extentBytes);
   }
 
-  #wideStatus(bytes: Buffer, at: number): number {
-    const status = read64(bytes, at);
-    const narrow = this.#narrow;
-    if (status > (narrow ? U32 - 1 : Number.MAX_SAFE_INTEGER))
-      throw protocolError(`a status beyond ${narrow ? 32 : 53} bits`);
-    return status;
-  }
-
-  #statusExtent(length: number, flags: number): void {
-    const request = this.#request as PendingRequest;
-    if (length === 0) throw protocolError('an extent of no bytes');
-    if (this.#described >= request.length) throw protocolError('extents beyond what was asked for');
-    if ((request.flags & CommandFlag.REQ_ONE) !== 0 && length > request.length) {
-      throw protocolError('an extent longer than what was asked for');
-    }
-    // The last extent may reach beyond the request, but nothing lies beyond the export.
-    const shown = Math.min(length, this.options.size - request.offset - this.#described);
-    this.#described += length;
-    if (this.#wanted) addExtent(request.extents as Extent[], shown, flags);
+  #statusExtent(length: number, status: number): void {
+    this.#status.extent(this.#request as PendingRequest, length, status);
     this.#remaining -= this.#extentBytes;
     if (this.#remaining === 0) this.#chunkEnded();
   }
@@ -393,10 +355,7 @@ export class ReplyReader {
       ) {
         throw protocolError(`the reply to ${request.describe()} ended before all its bytes came`);
       }
-      if (
-        request.command === Command.BLOCK_STATUS &&
-        request.contextsAnswered?.size !== (request.filtered ? 1 : this.options.contextIds.size)
-      ) {
+      if (request.command === Command.BLOCK_STATUS && !this.#status.isComplete(request)) {
         throw protocolError(`the reply to ${request.describe()} ended before all contexts answered`);
       }
     }
@@ -412,13 +371,4 @@ function known(request: PendingRequest | null): PendingRequest {
 /** 64 bits as a number: exact below 2^53, rounded beyond. */
 function read64(bytes: Buffer, at: number): number {
   return bytes.readUInt32BE(at) * U32 + bytes.readUInt32BE(at + 4);
-}
-
-function addExtent(extents: Extent[], length: number, flags: number): void {
-  const last = extents.at(-1);
-  if (last !== undefined && last.flags === flags) {
-    extents[extents.length - 1] = { length: last.length + length, flags };
-  } else {
-    extents.push({ length, flags });
-  }
 }

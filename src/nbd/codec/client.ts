@@ -6,7 +6,6 @@
 
 import { BlockferryError } from '../../errors.js';
 import {
-  EXTENDED_REQUEST_HEADER_BYTES,
   EXTENDED_REQUEST_MAGIC,
   HandshakeFlag,
   Info,
@@ -14,7 +13,6 @@ import {
   OPTION_MAGIC,
   OPTION_REPLY_MAGIC,
   Option,
-  REQUEST_HEADER_BYTES,
   REQUEST_MAGIC,
   STRING_BYTES_MAX,
   TransmissionFlag,
@@ -140,14 +138,8 @@ export function encodeRequest(
   offset: number,
   length: number,
 ): number {
-  into.writeUInt32BE(REQUEST_MAGIC, at);
-  into.writeUInt32BE(((flags << 16) | command) >>> 0, at + 4);
-  into.writeUInt32BE(cookieHigh, at + 8);
-  into.writeUInt32BE(cookieLow, at + 12);
-  into.writeUInt32BE(Math.floor(offset / U32), at + 16);
-  into.writeUInt32BE(offset >>> 0, at + 20);
-  into.writeUInt32BE(length, at + 24);
-  return at + REQUEST_HEADER_BYTES;
+  const end = putUpToOffset(into, at, REQUEST_MAGIC, flags, command, cookieHigh, cookieLow, offset);
+  return into.writeUInt32BE(length, end);
 }
 
 /** As `encodeRequest`, an extended header of EXTENDED_REQUEST_HEADER_BYTES; length <= 2^53-1. */
@@ -161,15 +153,31 @@ export function encodeExtendedRequest(
   offset: number,
   length: number,
 ): number {
-  into.writeUInt32BE(EXTENDED_REQUEST_MAGIC, at);
+  const end = putUpToOffset(into, at, EXTENDED_REQUEST_MAGIC, flags, command, cookieHigh, cookieLow, offset);
+  return put64(into, end, length);
+}
+
+/** What both headers begin with. */
+function putUpToOffset(
+  into: Buffer,
+  at: number,
+  magic: number,
+  flags: number,
+  command: number,
+  cookieHigh: number,
+  cookieLow: number,
+  offset: number,
+): number {
+  into.writeUInt32BE(magic, at);
   into.writeUInt32BE(((flags << 16) | command) >>> 0, at + 4);
   into.writeUInt32BE(cookieHigh, at + 8);
   into.writeUInt32BE(cookieLow, at + 12);
-  into.writeUInt32BE(Math.floor(offset / U32), at + 16);
-  into.writeUInt32BE(offset >>> 0, at + 20);
-  into.writeUInt32BE(Math.floor(length / U32), at + 24);
-  into.writeUInt32BE(length >>> 0, at + 28);
-  return at + EXTENDED_REQUEST_HEADER_BYTES;
+  return put64(into, at + 16, offset);
+}
+
+function put64(into: Buffer, at: number, value: number): number {
+  into.writeUInt32BE(Math.floor(value / U32), at);
+  return into.writeUInt32BE(value >>> 0, at + 4);
 }
 
 /** Payload of a BLOCK_STATUS that asks for one context only: 12 bytes. */

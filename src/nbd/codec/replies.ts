@@ -5,18 +5,16 @@
  * A cookie is 8 opaque bytes: two unsigned 32-bit numbers, `hi` the first four bytes. Offsets in the device are bytes, up to
  * Number.MAX_SAFE_INTEGER.
  *
- * A chunk is a header, of structured replies (`encodeChunkHeader`) or of extended ones (`encodeExtendedChunkHeader`), and a payload, which is
- * the same for both but for BLOCK_STATUS.
+ * A chunk is a header, of structured replies (`encodeChunkHeader`) or of extended ones (`encodeExtendedChunkHeader`), and a payload, which
+ * is the same for both but for BLOCK_STATUS.
  * Source: NetworkBlockDevice/nbd, doc/proto.md, «Simple reply message», «Structured reply types»; branch extension-ext-header,
  * «Extended reply chunk message».
  */
 import {
-  EXTENDED_REPLY_HEADER_BYTES,
   EXTENDED_REPLY_MAGIC,
   SIMPLE_REPLY_HEADER_BYTES,
   SIMPLE_REPLY_MAGIC,
   STRING_BYTES_PREFERRED,
-  STRUCTURED_REPLY_HEADER_BYTES,
   STRUCTURED_REPLY_MAGIC,
 } from '../constants.js';
 
@@ -57,13 +55,8 @@ export function encodeChunkHeader(
   cookieLo: number,
   length: number,
 ): number {
-  put32(buffer, at, STRUCTURED_REPLY_MAGIC);
-  put16(buffer, at + 4, flags);
-  put16(buffer, at + 6, type);
-  put32(buffer, at + 8, cookieHi);
-  put32(buffer, at + 12, cookieLo);
-  put32(buffer, at + 16, length);
-  return at + STRUCTURED_REPLY_HEADER_BYTES;
+  const end = putUpToCookie(buffer, at, STRUCTURED_REPLY_MAGIC, flags, type, cookieHi, cookieLo);
+  return put32(buffer, end, length);
 }
 
 /** As `encodeChunkHeader`; the request's offset comes back as it came: 8 bytes, in two halves as the cookie. `length` is below 2^32. */
@@ -78,16 +71,28 @@ export function encodeExtendedChunkHeader(
   offsetLo: number,
   length: number,
 ): number {
-  put32(buffer, at, EXTENDED_REPLY_MAGIC);
+  const end = putUpToCookie(buffer, at, EXTENDED_REPLY_MAGIC, flags, type, cookieHi, cookieLo);
+  put32(buffer, end, offsetHi);
+  put32(buffer, end + 4, offsetLo);
+  put32(buffer, end + 8, 0);
+  return put32(buffer, end + 12, length);
+}
+
+/** What both chunk headers begin with. */
+function putUpToCookie(
+  buffer: Buffer,
+  at: number,
+  magic: number,
+  flags: number,
+  type: number,
+  cookieHi: number,
+  cookieLo: number,
+): number {
+  put32(buffer, at, magic);
   put16(buffer, at + 4, flags);
   put16(buffer, at + 6, type);
   put32(buffer, at + 8, cookieHi);
-  put32(buffer, at + 12, cookieLo);
-  put32(buffer, at + 16, offsetHi);
-  put32(buffer, at + 20, offsetLo);
-  put32(buffer, at + 24, 0);
-  put32(buffer, at + 28, length);
-  return at + EXTENDED_REPLY_HEADER_BYTES;
+  return put32(buffer, at + 12, cookieLo);
 }
 
 /** Payload of OFFSET_DATA: where its data, which follows, lies in the device. */

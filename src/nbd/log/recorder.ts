@@ -5,11 +5,11 @@
  * since the daemon started), then that of the request in it, 32 bits each. Replies are recorded as simple ones whatever the client
  * agreed on: nbd-trplay knows no others. No reply is recorded where none is sent.
  *
- * Without data every request is recorded as it was sent (FLUSH and DISC, which have none, with offset and length 0). With data the log is one that nbd-trplay can play back, which carries out whatever
- * change it finds, failed or not, and stops at commands it does not know:
+ * Without data every request is recorded as it was sent (FLUSH and DISC, which have none, with offset and length 0). With data the log is
+ * one that nbd-trplay can play back, which carries out whatever change it finds, failed or not, and stops at commands it does not know:
  * - a change is recorded with the range that changed: a TRIM with the blocks that were given back, and length 0 if it failed or did
  *   nothing;
- * - CACHE, BLOCK_STATUS and unknown commands, which change nothing, are left out, with their replies;
+ * - CACHE, BLOCK_STATUS and unknown commands, which change nothing, are left out, with their replies.
  *
  * READ, FLUSH and what else changes nothing is recorded when it begins, a change when it took effect (or failed); replies when they are
  * given. A length of 32 bits or more, which extended headers allow, becomes several records with one handle, answered once.

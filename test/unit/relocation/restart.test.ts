@@ -6,7 +6,7 @@ import { test } from 'node:test';
 import { BlockferryError } from '../../../src/errors.js';
 import { openVolumeService } from '../../../src/host/open.js';
 import { Errno } from '../../../src/nbd/constants.js';
-import { describeVolume } from '../../../src/relocation/link.js';
+import { describeVolume } from '../../../src/relocation/source-identity.js';
 import { MemoryDevice } from '../../fakes/memory-device.js';
 import {
   assertBlocks,
