@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <climits>
 
 namespace blockferry {
 namespace {
@@ -191,6 +192,13 @@ int64_t peerGone(int fd) {
   const int64_t result = retried([&] { return ::poll(&state, 1, 0); });
   if (result < 0) return result;
   return (state.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL)) != 0 ? 1 : 0;
+}
+
+int64_t sendBuffer(int fd, uint64_t bytes) {
+  // The kernel doubles it, for what it needs besides the bytes (socket(7)).
+  const int value = static_cast<int>(std::min<uint64_t>(bytes, INT_MAX / 2));
+  if (::setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &value, sizeof value) == 0) return 0;
+  return ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &value, sizeof value) == 0 ? 0 : -errno;
 }
 
 int64_t lockFile(int fd, bool exclusive) {

@@ -29,6 +29,10 @@ int64_t seekEnd(int fd);
 // 1 if the other end of a socket sends no more, though what it sent before may not have been read; 0 if it may.
 int64_t peerGone(int fd);
 
+// Lets a socket take `bytes` before its other end has read them, or as many as the system allows (net.core.wmem_max; root
+// is not bound by it). Answers 0.
+int64_t sendBuffer(int fd, uint64_t bytes);
+
 // 1 if the lock is ours now, 0 if somebody else's is in the way.
 int64_t lockFile(int fd, bool exclusive);
 int64_t duplicate(int fd);

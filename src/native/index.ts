@@ -21,11 +21,29 @@ import { BlockferryError, messageOf } from '../errors.js';
 /** Errno values by name, as the functions here answer them negated. */
 export const ERRNO = constants.errno;
 
+declare const readerBrand: unique symbol;
+/** A queue of reads that wait for the disk; lives as long as its thread. */
+export interface Reader {
+  readonly [readerBrand]: true;
+}
+
 interface Addon {
   pread(fd: number, buffer: Uint8Array, at: number, length: number, offset: number, nowait: boolean): number;
   pwrite(fd: number, buffer: Uint8Array, at: number, length: number, offset: number): number;
   readAsync(fd: number, buffer: Uint8Array, at: number, length: number, offset: number): Promise<number>;
   writeAsync(fd: number, buffer: Uint8Array, at: number, length: number, offset: number): Promise<number>;
+  openReader(entries: number, results: Int32Array, ended: (count: number) => void): Reader | number;
+  queueRead(
+    reader: Reader,
+    slot: number,
+    fd: number,
+    buffer: Uint8Array,
+    at: number,
+    length: number,
+    offset: number,
+    elsewhere: boolean,
+  ): number;
+  beginReads(reader: Reader): number;
   punchHole(fd: number, offset: number, length: number): Promise<number>;
   zeroRange(fd: number, offset: number, length: number, keepHole: boolean): Promise<number>;
   zeroFast(fd: number, offset: number, length: number, keepHole: boolean): Promise<number>;
@@ -35,6 +53,7 @@ interface Addon {
   seekHole(fd: number, offset: number): number;
   seekEnd(fd: number): number;
   peerGone(fd: number): number;
+  sendBuffer(fd: number, bytes: number): number;
   lockFile(fd: number, exclusive: boolean): number;
   mapShared(fd: number, length: number): Uint8Array | number;
   unmap(view: Uint8Array): void;
@@ -104,6 +123,24 @@ export const readAsync = addon.readAsync;
 export const writeAsync = addon.writeAsync;
 
 /**
+ * Opens a queue of at most `entries` (1 to 4096) reads at a time, on io_uring -> the queue, or -errno where the system has none for
+ * us. When reads have ended, `ended` is called with their number, 64 at most, and `results` (128 or more) holds the slot and the
+ * result of each: bytes read, fewer than asked for where the file ends or for no reason, or -errno; -EAGAIN means that this file
+ * must be read in another way.
+ */
+export const openReader = addon.openReader;
+
+/**
+ * Puts a read into the queue, under a number of the caller's -> 0, or -EAGAIN if there is no place for it. It begins with the next
+ * `beginReads`. The memory must be kept, by the caller, until it has ended, and must not be transferred away nor be of `mapShared`.
+ * `elsewhere`: let a thread of the kernel's copy the data.
+ */
+export const queueRead = addon.queueRead;
+
+/** Begins all reads of the queue -> how many could not begin, for want of memory: to be called again for them. */
+export const beginReads = addon.beginReads;
+
+/**
  * Gives the range back to the file system; it reads as zeros then, and the file keeps its size -> 0, or
  * -errno: -EOPNOTSUPP where holes are not known, and then nothing has changed. Block devices give back
  * whole blocks of a page; the rest of the range is written with zeros. On libuv's pool.
@@ -154,6 +191,12 @@ export const seekEnd = addon.seekEnd;
 
 /** 1 if the other end of a socket sends no more (though bytes may be unread), 0 if it may, or -errno. */
 export const peerGone = addon.peerGone;
+
+/**
+ * Lets a socket take `bytes` before its other end has read them, or as many as this user is allowed (net.core.wmem_max) -> 0, or
+ * -errno.
+ */
+export const sendBuffer = addon.sendBuffer;
 
 /**
  * How many bits of [from, to) are 1. Here and below bit i is bit i & 7 of byte i >> 3, least significant first.

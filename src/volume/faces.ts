@@ -40,7 +40,7 @@ export class GuestDevice implements BlockDevice {
   }
 
   read(request: IoRequest): void {
-    if (this.volume.readable) this.#store.read(request);
+    if (this.volume.readable) this.#store.readLater(request);
     else request.complete(Errno.EPERM);
   }
 
@@ -105,7 +105,7 @@ export class LinkDevice implements BlockDevice {
 
   read(request: IoRequest): void {
     if (this.volume.closed) request.complete(Errno.ESHUTDOWN);
-    else this.#store.read(request);
+    else this.#store.readLater(request);
   }
 
   write(request: IoRequest): void {

@@ -16,6 +16,7 @@ import { dirname, resolve } from 'node:path';
 import { BlockferryError, messageOf } from '../errors.js';
 import * as native from '../native/index.js';
 import { Errno } from '../nbd/constants.js';
+import { type ColdReader, coldReads } from './cold-reads.js';
 import { syncFolder } from './files.js';
 
 const { EAGAIN, EOPNOTSUPP, ENXIO, ENOSPC, EDQUOT, EFBIG, EPERM, EROFS } = native.ERRNO;
@@ -30,6 +31,10 @@ export function errnoOfSystem(result: number): number {
   if (errno === EPERM || errno === EROFS) return Errno.EPERM;
   return Errno.EIO;
 }
+
+const RESOLVING: ColdReader<(result: number) => void> = {
+  coldReadEnded: (resolve, result) => resolve(result),
+};
 
 /** Answer of `readNow`: not without waiting for the disk. */
 export const WOULD_WAIT = -EAGAIN;
@@ -152,15 +157,21 @@ export class Image {
     return done;
   }
 
-  /** Reads on a thread: 0 or a negative errno. A short read is -EIO: somebody cut the image. */
-  async read(buffer: Buffer, at: number, length: number, offset: number): Promise<number> {
-    for (let got = 0; got < length; ) {
-      const done = await native.readAsync(this.fd, buffer, at + got, length - got, offset + got);
-      if (done < 0) return done;
-      if (done === 0) return -native.ERRNO.EIO;
-      got += done;
-    }
-    return 0;
+  /** Reads what may have to be waited for. A short read is -EIO: somebody cut the image. */
+  readLater<Subject>(
+    reader: ColdReader<Subject>,
+    subject: Subject,
+    buffer: Buffer,
+    at: number,
+    length: number,
+    offset: number,
+  ): void {
+    coldReads.read(reader, subject, this.fd, buffer, at, length, offset);
+  }
+
+  /** As `readLater`: 0 or a negative errno. */
+  read(buffer: Buffer, at: number, length: number, offset: number): Promise<number> {
+    return new Promise((resolve) => this.readLater(RESOLVING, resolve, buffer, at, length, offset));
   }
 
   /** Writes into the page cache: 0 or a negative errno. */

@@ -16,6 +16,7 @@ import * as native from '../native/index.js';
 import { CommandFlag, Errno } from '../nbd/constants.js';
 import { type IoRequest, LATER, type StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from './blocks.js';
+import type { ColdReader } from './cold-reads.js';
 import { Committer } from './committer.js';
 import { reportExtents } from './extents.js';
 import { HoleFinder } from './hole-finder.js';
@@ -74,6 +75,13 @@ export class BlockStore {
   /** Called once the last missing block arrived. */
   onComplete: (() => void) | null = null;
 
+  readonly #coldReader: ColdReader<IoRequest> = {
+    coldReadEnded: (request, result) => {
+      this.#reading--;
+      request.complete(result === 0 ? Errno.OK : errnoOfSystem(result));
+      this.#tellIdle();
+    },
+  };
   readonly #retryRead: Retry = (request) => this.read(request);
   readonly #retryWrite: Retry = (request) => this.write(request);
   readonly #retryZero: Retry = (request) => this.zero(request);
@@ -120,14 +128,20 @@ export class BlockStore {
   }
 
   read(request: IoRequest): void {
+    const now = this.readNow(request.offset, request.length, request.buffer, request.at);
+    if (now === LATER) this.readLater(request);
+    else request.complete(now);
+  }
+
+  /** As `read`, when `readNow` has said LATER in the same step. */
+  readLater(request: IoRequest): void {
     const { offset, length } = request;
     const first = blockAt(offset);
     const end = blocksOf(offset + length);
     const missing = this.presence === null ? end : this.presence.nextMissing(first, end);
     if (missing === end) {
-      const now = this.readNow(offset, length, request.buffer, request.at);
-      if (now !== LATER) request.complete(now);
-      else void this.#readCold(request);
+      this.#reading++;
+      this.image.readLater(this.#coldReader, request, request.buffer, request.at, length, offset);
     } else if (request.abandoned) {
       request.complete(Errno.EIO);
     } else if (this.supplier === null) {
@@ -138,10 +152,6 @@ export class BlockStore {
       this.#parking.park(request, missing, this.#retryRead);
       this.supplier.demand(missing, end);
     }
-  }
-
-  async #readCold(request: IoRequest): Promise<void> {
-    request.complete(await this.#readOnThread(request.buffer, request.at, request.length, request.offset));
   }
 
   // Writes

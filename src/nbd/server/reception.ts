@@ -10,11 +10,17 @@
 
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
-import { peerGone } from '../../native/index.js';
+import { peerGone, sendBuffer } from '../../native/index.js';
 import { descriptorOf, detach, isDetachable, whenSent } from './detach.js';
 
 /** Bytes one read can bring. */
 export const RECEIVE_BUFFER_BYTES = 256 << 10;
+
+/**
+ * Bytes of answers that the kernel takes before the client has read them. Linux wakes the writer of a unix socket only when three
+ * quarters of them are read: with its default of 208 KiB client and server wait for each other in turn.
+ */
+const SEND_BUFFER_BYTES = 2 << 20;
 
 export interface Sink {
   /** The stream to write to, once, before the first bytes. */
@@ -85,6 +91,7 @@ export class Reception {
       this.#openPlain(); // out of descriptors: slower, but served
       return;
     }
+    sendBuffer(taken.fd, SEND_BUFFER_BYTES); // not vital
     socket.off('close', this.#onClose);
     const { sink } = this;
     const options: net.SocketConstructorOpts & net.ConnectOpts = {
