@@ -55,6 +55,15 @@ napi_value Pwrite(napi_env env, napi_callback_info info) {
   return number(env, writeAll(fd, from.data, from.length, offset));
 }
 
+napi_value Send(napi_env env, napi_callback_info info) {
+  Args<5> args(env, info);
+  const int fd = args.fd(0);
+  const Bytes from = args.span(1);
+  const bool more = args.flag(4, "more");
+  if (!args.ok) return nullptr;
+  return number(env, sendSome(fd, from.data, from.length, more));
+}
+
 // ---- Shared mappings
 
 // Two own it: the memory's finalizer (the ArrayBuffer's storage is gone) and the wrapped ArrayBuffer object,
@@ -443,6 +452,7 @@ constexpr napi_property_descriptor kMethods[] = {
     method("pwrite", Pwrite),
     method("readAsync", ReadAsync),
     method("writeAsync", WriteAsync),
+    method("send", Send),
     method("openReader", OpenReader),
     method("queueRead", QueueRead),
     method("beginReads", BeginReads),

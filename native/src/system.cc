@@ -194,6 +194,11 @@ int64_t peerGone(int fd) {
   return (state.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL)) != 0 ? 1 : 0;
 }
 
+int64_t sendSome(int fd, const uint8_t* data, size_t length, bool more) {
+  const int flags = MSG_DONTWAIT | MSG_NOSIGNAL | (more ? MSG_MORE : 0);
+  return retried([=] { return ::send(fd, data, length, flags); });
+}
+
 int64_t sendBuffer(int fd, uint64_t bytes) {
   // The kernel doubles it, for what it needs besides the bytes (socket(7)).
   const int value = static_cast<int>(std::min<uint64_t>(bytes, INT_MAX / 2));

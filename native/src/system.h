@@ -29,6 +29,9 @@ int64_t seekEnd(int fd);
 // 1 if the other end of a socket sends no more, though what it sent before may not have been read; 0 if it may.
 int64_t peerGone(int fd);
 
+// Sends what the socket takes at once, without a signal if its other end is gone -> bytes, -EAGAIN for none. `more` follows.
+int64_t sendSome(int fd, const uint8_t* data, size_t length, bool more);
+
 // Lets a socket take `bytes` before its other end has read them, or as many as the system allows (net.core.wmem_max; root
 // is not bound by it). Answers 0.
 int64_t sendBuffer(int fd, uint64_t bytes);

@@ -53,6 +53,7 @@ interface Addon {
   seekHole(fd: number, offset: number): number;
   seekEnd(fd: number): number;
   peerGone(fd: number): number;
+  send(fd: number, buffer: Uint8Array, at: number, length: number, more: boolean): number;
   sendBuffer(fd: number, bytes: number): number;
   lockFile(fd: number, exclusive: boolean): number;
   mapShared(fd: number, length: number): Uint8Array | number;
@@ -191,6 +192,12 @@ export const seekEnd = addon.seekEnd;
 
 /** 1 if the other end of a socket sends no more (though bytes may be unread), 0 if it may, or -errno. */
 export const peerGone = addon.peerGone;
+
+/**
+ * Sends what a socket takes at once -> bytes, or -errno: -EAGAIN for none, -EPIPE (and no signal) if its other end is gone. `more`: the
+ * rest of a packet follows at once.
+ */
+export const send = addon.send;
 
 /**
  * Lets a socket take `bytes` before its other end has read them, or as many as this user is allowed (net.core.wmem_max) -> 0, or

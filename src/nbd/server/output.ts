@@ -12,6 +12,7 @@
  */
 
 import type { Duplex } from 'node:stream';
+import { send } from '../../native/index.js';
 import type { Slab, SlabPool } from './slab.js';
 
 /** Size of the slab replies gather in; a batch is sent when it is full. */
@@ -34,6 +35,7 @@ export class Output {
   readonly #pool: SlabPool;
   readonly #onSpace: () => void;
   #stream: Duplex | null = null;
+  #descriptor: number | null = null;
   #broken = false;
 
   #slab: Slab;
@@ -63,8 +65,10 @@ export class Output {
     this.#view = this.buffer;
   }
 
-  attach(stream: Duplex): void {
+  /** `descriptor`: what lies below a plain socket. */
+  attach(stream: Duplex, descriptor: number | null = null): void {
     this.#stream = stream;
+    this.#descriptor = descriptor;
   }
 
   /** Makes room for `length` <= OUTPUT_SLAB_BYTES bytes in `buffer`; returns where it begins. */
@@ -107,15 +111,39 @@ export class Output {
     this.#slabs = free;
     this.#sendingBytes = this.#batchBytes;
     this.#batchBytes = 0;
-    this.#issued++;
+    const first = this.#sendNow(stream, pieces);
     const last = pieces.length - 1;
-    if (last > 0) stream.cork();
-    for (let i = 0; i < last; i++) stream.write(pieces[i]);
+    if (first > last) {
+      pieces.length = 0;
+      this.#settle();
+      return;
+    }
+    this.#issued++;
+    if (last > first) stream.cork();
+    for (let i = first; i < last; i++) stream.write(pieces[i]);
     stream.write(pieces[last], this.#flushed);
-    if (last > 0) stream.uncork();
+    if (last > first) stream.uncork();
     pieces.length = 0;
     // Not `destroyed`: a client that hung up fails the write at once, but the stream is destroyed only later.
     if (stream.writableLength === 0 && stream.writable) this.#settle();
+  }
+
+  /**
+   * Sends what the kernel takes at once, around the stream, which has nothing queued: its queue and callbacks cost more than the system
+   * call. Returns the index of the piece to go on with, cut down to what is left of it. What goes wrong the stream will find out.
+   */
+  #sendNow(stream: Duplex, pieces: Buffer[]): number {
+    const descriptor = this.#descriptor;
+    // Once it is destroyed the descriptor may be somebody else's.
+    if (descriptor === null || stream.destroyed || !stream.writable || stream.writableLength > 0) return 0;
+    for (let i = 0; i < pieces.length; i++) {
+      const piece = pieces[i]!;
+      const sent = send(descriptor, piece, 0, piece.length, i < pieces.length - 1);
+      if (sent === piece.length) continue;
+      if (sent > 0) pieces[i] = piece.subarray(sent);
+      return i;
+    }
+    return pieces.length;
   }
 
   /** The socket is gone: nothing is sent any more. Memory that may still be with the kernel is not reused. */

@@ -23,8 +23,11 @@ export const RECEIVE_BUFFER_BYTES = 256 << 10;
 const SEND_BUFFER_BYTES = 2 << 20;
 
 export interface Sink {
-  /** The stream to write to, once, before the first bytes. */
-  onOpen(stream: Duplex): void;
+  /**
+   * The stream to write to, once, before the first bytes. What it has nothing queued before may also be sent straight to `descriptor`,
+   * if there is one, until it is destroyed.
+   */
+  onOpen(stream: Duplex, descriptor: number | null): void;
   /**
    * [0, length) of `chunk` arrived. True: done with them. False: the rest must stay as it is and nothing more may come,
    * until `resume`.
@@ -80,7 +83,7 @@ export class Reception {
     stream.on('data', (chunk: Buffer) => {
       if (!sink.onBytes(chunk, chunk.length)) stream.pause();
     });
-    this.#begin(this.rest);
+    this.#begin(this.rest, null);
   }
 
   #takeOver(socket: net.Socket): void {
@@ -108,12 +111,12 @@ export class Reception {
     this.stream.on('error', this.#onError);
     this.stream.on('close', this.#onClose);
     this.stream.on('end', this.#onEnd);
-    this.#begin(Buffer.concat([this.rest, ...taken.read]));
+    this.#begin(Buffer.concat([this.rest, ...taken.read]), taken.fd);
   }
 
-  #begin(first: Buffer): void {
+  #begin(first: Buffer, descriptor: number | null): void {
     this.#open = true;
-    this.sink.onOpen(this.stream);
+    this.sink.onOpen(this.stream, descriptor);
     if (first.length === 0 || this.sink.onBytes(first, first.length)) this.stream.resume();
     else this.stream.pause();
   }

@@ -138,8 +138,8 @@ class TransmissionSession implements Session, Sink {
     this.#reception.stream.destroy();
   }
 
-  onOpen(stream: Duplex): void {
-    this.#output.attach(stream);
+  onOpen(stream: Duplex, descriptor: number | null): void {
+    this.#output.attach(stream, descriptor);
   }
 
   onBytes(chunk: Buffer, length: number): boolean {
