@@ -31,13 +31,15 @@ interface Slot {
   offset: number;
 }
 
-class ColdReads {
+export class ColdReads {
   /** Undefined: not tried yet; null: the system has none. */
   #queue: native.Reader | null | undefined;
   readonly #results = new Int32Array(2 * RESULTS_MAX);
   readonly #slots: Slot[] = [];
   readonly #free: number[] = [];
   #beginning = false;
+
+  constructor(private readonly open: typeof native.openReader = native.openReader) {}
 
   /** Reads all of [at, at + length); less is there only if somebody cut the image: -EIO. */
   read<Subject>(
@@ -70,7 +72,7 @@ class ColdReads {
   #take(): number | undefined {
     const free = this.#free.pop();
     if (free !== undefined || this.#queue !== undefined) return free;
-    const queue = native.openReader(SLOTS, this.#results, this.#ended);
+    const queue = this.open(SLOTS, this.#results, this.#ended);
     this.#queue = typeof queue === 'number' ? null : queue;
     if (this.#queue === null) return undefined;
     for (let index = 0; index < SLOTS; index++) {
