@@ -182,11 +182,8 @@ export class Executor implements RequestOwner {
     const slab = this.pool.take(length);
     const errno = this.#readNow(offset, length, slab.buffer, HEAD_ROOM);
     if (this.record !== null && errno !== LATER) this.record.answered(head, errno);
-    if (errno === Errno.OK) {
-      this.replies.data(head, offset, length, slab);
-      // At once: the client copies it while the next one is read, and that into the same slab, which the caches still have.
-      this.output.flush();
-    } else if (errno === LATER) {
+    if (errno === Errno.OK) this.replies.data(head, offset, length, slab);
+    else if (errno === LATER) {
       this.bytes += slab.buffer.length;
       this.#hand(head, slab);
     } else {
