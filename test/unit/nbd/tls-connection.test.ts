@@ -11,12 +11,12 @@ import { pino } from 'pino';
 import { BlockferryError, type ErrorCode } from '../../../src/errors.js';
 import { NbdClient } from '../../../src/nbd/client/client.js';
 import { Command, IN_FLIGHT_REQUESTS_MAX, Option, OptionReply } from '../../../src/nbd/constants.js';
-import { defaultOrNamed, type ExportEntry } from '../../../src/nbd/server/exports.js';
 import { Listener } from '../../../src/nbd/server/listener.js';
 import { startSession } from '../../../src/nbd/server/session.js';
 import type { ServerTlsSettings } from '../../../src/nbd/tls.js';
-import { MemoryDevice } from '../../fakes/memory-device.js';
+import type { MemoryDevice } from '../../fakes/memory-device.js';
 import { encodeRequest, RawClient as SessionClient, until } from '../../fakes/raw-client.js';
+import { diskOf } from '../../support/disk.js';
 import { clientFlags, GREETING_BYTES, infoData, option, readReplies } from '../../support/handshake.js';
 import { makePki, type Pki } from '../../support/pki.js';
 import { RawClient, within } from '../../support/raw-client.js';
@@ -54,25 +54,14 @@ interface Served {
 }
 
 async function serve(settings: ServerTlsSettings, handshakeTimeoutMs = 5000): Promise<Served> {
-  const device = new MemoryDevice(SIZE);
-  for (let at = 0; at < SIZE; at += 4) device.data.writeUInt32LE((at * 2_654_435_761) >>> 0, at);
-  const disk: ExportEntry = {
-    name: 'disk',
-    description: '',
-    size: SIZE,
-    readOnly: false,
-    contexts: [],
-    preferredBlock: 4096,
-    multiConn: true,
-    open: () => device,
-  };
+  const { device, exports } = diskOf(SIZE);
   const path = join(folder, 's');
   const listener = await Listener.open({
     addresses: [
       { kind: 'unix', path },
       { kind: 'tcp', host: '127.0.0.1', port: 0 },
     ],
-    exports: { list: () => [disk], find: (name) => defaultOrNamed([disk], name), shuttingDown: false },
+    exports,
     startSession,
     log: pino({ level: 'debug' }, { write: (line: string) => lines.push(JSON.parse(line)) }),
     tls: settings,

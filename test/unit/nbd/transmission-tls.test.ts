@@ -19,11 +19,11 @@ import {
   IN_FLIGHT_REQUESTS_MAX,
   Option,
 } from '../../../src/nbd/constants.js';
-import { defaultOrNamed, type ExportEntry } from '../../../src/nbd/server/exports.js';
 import { Listener } from '../../../src/nbd/server/listener.js';
 import { type Session, startSession } from '../../../src/nbd/server/session.js';
-import { MemoryDevice } from '../../fakes/memory-device.js';
+import type { MemoryDevice } from '../../fakes/memory-device.js';
 import { RawClient as SessionClient, until } from '../../fakes/raw-client.js';
+import { diskOf } from '../../support/disk.js';
 import { clientFlags, GREETING_BYTES, infoData, option } from '../../support/handshake.js';
 import { makePki, type Pki } from '../../support/pki.js';
 import { RawClient, within } from '../../support/raw-client.js';
@@ -50,21 +50,11 @@ beforeEach(async () => {
   sessions = [];
   clients = [];
   errors = [];
-  device = new MemoryDevice(SIZE);
-  for (let at = 0; at < SIZE; at += 4) device.data.writeUInt32LE((at * 2_654_435_761) >>> 0, at);
-  const disk: ExportEntry = {
-    name: 'disk',
-    description: '',
-    size: SIZE,
-    readOnly: false,
-    contexts: [],
-    preferredBlock: 4096,
-    multiConn: true,
-    open: () => device,
-  };
+  const disk = diskOf(SIZE);
+  device = disk.device;
   listener = await Listener.open({
     addresses: [{ kind: 'unix', path: join(folder, 's') }],
-    exports: { list: () => [disk], find: (name) => defaultOrNamed([disk], name), shuttingDown: false },
+    exports: disk.exports,
     startSession: (socket, parameters) => {
       const session = startSession(socket, parameters);
       sessions.push(session);
