@@ -6,7 +6,7 @@
   "targets": [
     {
       "target_name": "blockferry",
-      "sources": ["src/binding.cc", "src/bitmap.cc", "src/reader.cc", "src/ring.cc", "src/system.cc"],
+      "sources": ["src/batch.cc", "src/binding.cc", "src/bitmap.cc", "src/exchange.cc", "src/reader.cc", "src/ring.cc", "src/system.cc"],
       "cflags_cc": ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-fvisibility=hidden"],
       "cflags_cc!": ["-std=gnu++17", "-std=gnu++20"],
       "defines": ["NAPI_VERSION=8", "_FILE_OFFSET_BITS=64"],

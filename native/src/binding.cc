@@ -8,9 +8,12 @@
 #include <node_api.h>
 
 #include <cerrno>
+#include <climits>
+#include <cmath>
 
 #include "args.h"
 #include "bitmap.h"
+#include "exchange.h"
 #include "reader.h"
 #include "system.h"
 #include "values.h"
@@ -46,6 +49,63 @@ napi_value Send(napi_env env, napi_callback_info info) {
   const bool more = args.flag(4, "more");
   if (!args.ok) return nullptr;
   return number(env, sendSome(fd, from.data, from.length, more));
+}
+
+napi_value ReceivePayload(napi_env env, napi_callback_info info) {
+  Args<6> args(env, info);
+  const int fd = args.fd(0);
+  const Bytes to = args.span(1);
+  const auto pollUs = static_cast<double>(args.whole(4, "pollUs", UINT32_MAX));
+  const auto turnUs = static_cast<double>(args.whole(5, "turnUs", UINT32_MAX));
+  uv_loop_t* loop = nullptr;
+  if (!args.ok) return nullptr;
+  if (napi_get_uv_event_loop(env, &loop) != napi_ok) return failed(env, "no event loop");
+  return number(env, static_cast<int64_t>(receivePayload(loop, fd, to.data, to.length, pollUs, turnUs)));
+}
+
+// Whether `value` is a whole number in 0..max.
+bool isWithin(double value, double max) { return value >= 0 && value <= max && value == std::floor(value); }
+
+bool isJob(const ExchangeJob& job, size_t inBytes, size_t outBytes) {
+  constexpr double kFdMax = INT_MAX;
+  return (job.socket == -1 || isWithin(job.socket, kFdMax)) && isWithin(job.image, kFdMax) &&
+         isWithin(job.imageBytes, static_cast<double>(kWholeMax)) && isWithin(job.access, 7) && isWithin(job.form, 2) &&
+         isWithin(job.readBytesMax, UINT32_MAX) && isWithin(job.writeBytesMax, UINT32_MAX) &&
+         isWithin(job.repliesMax - 1, UINT32_MAX) &&
+         isWithin(job.receiveBytesMax - 1, UINT32_MAX) && (job.pollUs == -1 || isWithin(job.pollUs, UINT32_MAX)) && isWithin(job.turnUs, UINT32_MAX) &&
+         isWithin(job.end, static_cast<double>(inBytes)) && isWithin(job.at, job.end) &&
+         isWithin(job.outTo, static_cast<double>(outBytes)) && isWithin(job.outFrom, job.outTo);
+}
+
+napi_value Exchange(napi_env env, napi_callback_info info) {
+  Args<4> args(env, info);
+  napi_typedarray_type type;
+  size_t fields = 0;
+  void* data = nullptr;
+  uv_loop_t* loop = nullptr;
+  if (!args.ok) return nullptr;
+  if (napi_get_typedarray_info(env, args[0], &type, &fields, &data, nullptr, nullptr) != napi_ok ||
+      type != napi_float64_array || fields * sizeof(double) != sizeof(ExchangeJob)) {
+    napi_throw_type_error(env, "ERR_INVALID_ARG_TYPE", "job must be a Float64Array with a place for each field");
+    return nullptr;
+  }
+  const Bytes in = args.bytes(1, "input");
+  const Bytes out = args.bytes(2, "output");
+  napi_valuetype kind = napi_null;
+  if (args.ok) napi_typeof(env, args[3], &kind);
+  const Bytes present = kind == napi_null ? Bytes{} : args.bytes(3, "present");
+  if (!args.ok) return nullptr;
+  auto* job = static_cast<ExchangeJob*>(data);
+  if (!isJob(*job, in.length, out.length)) {
+    napi_throw_range_error(env, "ERR_OUT_OF_RANGE", "a field of the job is out of its range");
+    return nullptr;
+  }
+  if (napi_get_uv_event_loop(env, &loop) != napi_ok) return failed(env, "no event loop");
+  // An empty bitmap has a bit for no block, and may have no address.
+  static constexpr uint8_t kNoBits = 0;
+  const uint8_t* bits = kind == napi_null ? nullptr : present.length == 0 ? &kNoBits : present.data;
+  const Ending ending = exchange(loop, *job, in.data, in.length, out.data, out.length, bits, present.length);
+  return number(env, static_cast<int64_t>(ending));
 }
 
 // ---- Shared mappings
@@ -293,6 +353,8 @@ constexpr napi_property_descriptor kMethods[] = {
     method("readAsync", ReadAsync),
     method("writeAsync", WriteAsync),
     method("send", Send),
+    method("receivePayload", ReceivePayload),
+    method("exchange", Exchange),
     method("openReader", OpenReader),
     method("queueRead", QueueRead),
     method("beginReads", BeginReads),

@@ -194,6 +194,10 @@ int64_t peerGone(int fd) {
   return (state.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL)) != 0 ? 1 : 0;
 }
 
+int64_t receiveSome(int fd, uint8_t* data, size_t length) {
+  return retried([=] { return ::recv(fd, data, length, MSG_DONTWAIT); });
+}
+
 int64_t sendSome(int fd, const uint8_t* data, size_t length, bool more) {
   const int flags = MSG_DONTWAIT | MSG_NOSIGNAL | (more ? MSG_MORE : 0);
   return retried([=] { return ::send(fd, data, length, flags); });

@@ -29,6 +29,8 @@ int64_t seekEnd(int fd);
 // 1 if the other end of a socket sends no more, though what it sent before may not have been read; 0 if it may.
 int64_t peerGone(int fd);
 
+// Receives what is there -> bytes, 0 at the end, -EAGAIN for nothing yet.
+int64_t receiveSome(int fd, uint8_t* data, size_t length);
 // Sends what the socket takes at once, without a signal if its other end is gone -> bytes, -EAGAIN for none. `more` follows.
 int64_t sendSome(int fd, const uint8_t* data, size_t length, bool more);
 

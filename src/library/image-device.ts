@@ -2,7 +2,7 @@
 
 import { BlockferryError } from '../errors.js';
 import { ALLOCATION_DEPTH, BASE_ALLOCATION, Errno } from '../nbd/constants.js';
-import type { BlockDevice, IoRequest, StatusRequest } from '../nbd/device.js';
+import type { BlockDevice, DirectAccess, IoRequest, StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES } from '../volume/blocks.js';
 import { Image } from '../volume/image.js';
 import { BlockStore } from '../volume/store.js';
@@ -41,6 +41,10 @@ export class ImageDevice implements BlockDevice {
     store.image.close();
     if (errno !== Errno.OK)
       throw store.failure ?? new BlockferryError('image-io', `${this.path} could not be synced`);
+  }
+
+  direct(): DirectAccess | null {
+    return this.#closing === null ? this.#store.direct() : null;
   }
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {

@@ -54,6 +54,15 @@ interface Addon {
   seekEnd(fd: number): number;
   peerGone(fd: number): number;
   send(fd: number, buffer: Uint8Array, at: number, length: number, more: boolean): number;
+  receivePayload(
+    fd: number,
+    buffer: Uint8Array,
+    at: number,
+    length: number,
+    pollUs: number,
+    turnUs: number,
+  ): number;
+  exchange(job: Float64Array, input: Uint8Array, output: Uint8Array, present: Uint8Array | null): number;
   sendBuffer(fd: number, bytes: number): number;
   lockFile(fd: number, exclusive: boolean): number;
   mapShared(fd: number, length: number): Uint8Array | number;
@@ -198,6 +207,19 @@ export const peerGone = addon.peerGone;
  * rest of a packet follows at once.
  */
 export const send = addon.send;
+
+/**
+ * Receives what is on its way, until there are `length` bytes -> how many came: fewer if nothing came for `pollUs` microseconds, if the event
+ * loop has other work, after `turnUs` in all, or if the connection ended or broke, which the socket's stream learns by itself.
+ */
+export const receivePayload = addon.receivePayload;
+
+/**
+ * Carries out the requests of a session that are in `input` and need nothing but the image, sends their answers, and goes on with what it
+ * receives (native/src/exchange.h) -> why it ended (`Ending`). `job`: see nbd/server/exchange.ts, which knows its places and when it may
+ * be called. `present`: one bit a block of 4 KiB, null: all are. In place; nothing is kept.
+ */
+export const exchange = addon.exchange;
 
 /**
  * Lets a socket take `bytes` before its other end has read them, or as many as this user is allowed (net.core.wmem_max) -> 0, or

@@ -45,6 +45,21 @@ export interface StatusRequest extends IoRequest {
   extent(length: number, status: number): void;
 }
 
+/**
+ * Where a device's bytes lie, for requests that need nothing but them: a session may carry those out without asking the device, as if it had
+ * asked `readNow` or `writeNow`.
+ */
+export interface DirectAccess {
+  /** Of a file or block device that begins with the device's first byte. */
+  readonly fd: number;
+  readonly reads: boolean;
+  readonly writes: boolean;
+  /** Only what is in the page cache may be read; the rest goes to `read`. */
+  readonly nowait: boolean;
+  /** Which blocks of 4 KiB may be touched: bit i & 7 of byte i >> 3 is block i. Null: all. */
+  readonly present: Uint8Array | null;
+}
+
 /** A disk that sessions serve. All sessions may call it at any time; it must not throw. */
 export interface BlockDevice {
   /** Bytes. */
@@ -65,6 +80,8 @@ export interface BlockDevice {
   /** Where its requests are recorded, if anywhere. */
   readonly transactionLog?: TransactionLog | null;
 
+  /** What may be touched at this moment; null: nothing. It holds until this thread does anything else, and is not kept. */
+  direct?(): DirectAccess | null;
   readNow(offset: number, length: number, buffer: Buffer, at: number): number;
   /**
    * How many bytes from `offset` on are known to read as zeros at this moment, 0 to `length`: asked before long READs, whose reply

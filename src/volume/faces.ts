@@ -1,6 +1,6 @@
 /** The two devices a volume is served as. What a phase allows is asked at each request: sessions outlive phases. */
 import { ALLOCATION_DEPTH, BASE_ALLOCATION, Errno } from '../nbd/constants.js';
-import type { BlockDevice, IoRequest, StatusRequest } from '../nbd/device.js';
+import type { BlockDevice, DirectAccess, IoRequest, StatusRequest } from '../nbd/device.js';
 import type { TransactionLog } from '../nbd/log/transaction-log.js';
 import { BLOCK_BYTES } from './blocks.js';
 import type { BlockStore } from './store.js';
@@ -25,6 +25,10 @@ export class GuestDevice implements BlockDevice {
     this.#store = volume.store;
     this.size = volume.size;
     this.readOnly = volume.readOnly;
+  }
+
+  direct(): DirectAccess | null {
+    return this.volume.readable ? this.#store.direct() : null;
   }
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
@@ -89,6 +93,10 @@ export class LinkDevice implements BlockDevice {
   constructor(private readonly volume: Volume) {
     this.#store = volume.store;
     this.size = volume.size;
+  }
+
+  direct(): DirectAccess | null {
+    return this.volume.closed ? null : this.#store.direct(); // the session writes nothing: it is read-only
   }
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {

@@ -143,6 +143,11 @@ export class Image {
     }
   }
 
+  /** Whether `readNow` may answer: from the page cache, or from memory. */
+  get inline(): 'nowait' | 'plain' | 'never' {
+    return this.#inline;
+  }
+
   /** Reads now if that needs no disk: 0, WOULD_WAIT, or another negative errno. */
   readNow(buffer: Buffer, at: number, length: number, offset: number): number {
     if (this.#inline === 'never') return WOULD_WAIT;

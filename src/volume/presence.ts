@@ -125,6 +125,11 @@ export class Presence {
     return presence;
   }
 
+  /** Bit i & 7 of byte i >> 3 says whether block i is here. For reading only, and not to be kept. */
+  get bits(): Uint8Array {
+    return this.#bits;
+  }
+
   /** Blocks that are here. */
   get present(): number {
     return this.#present;

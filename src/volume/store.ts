@@ -14,7 +14,7 @@
 import { type BlockferryError, errnoOf } from '../errors.js';
 import * as native from '../native/index.js';
 import { CommandFlag, Errno } from '../nbd/constants.js';
-import { type IoRequest, LATER, type StatusRequest } from '../nbd/device.js';
+import { type DirectAccess, type IoRequest, LATER, type StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from './blocks.js';
 import type { ColdReader } from './cold-reads.js';
 import { Committer } from './committer.js';
@@ -66,6 +66,7 @@ export class BlockStore {
   #unchanging: (() => void)[] = [];
   readonly #committer: Committer;
   readonly #holes: HoleFinder;
+  readonly #direct: { -readonly [Key in keyof DirectAccess]: DirectAccess[Key] };
 
   supplier: Supplier | null = null;
   /** Fetched blocks are kept; otherwise reads of missing blocks pass through. */
@@ -95,6 +96,7 @@ export class BlockStore {
     this.blocks = blocksOf(image.size);
     this.#committer = new Committer(image, () => this.presence);
     this.#holes = new HoleFinder(image);
+    this.#direct = { fd: image.fd, reads: false, writes: false, nowait: false, present: null };
     this.epoch = epoch;
   }
 
@@ -110,6 +112,18 @@ export class BlockStore {
   }
 
   // Reads
+
+  /** See BlockDevice. What `readNow` and `writeNow` would do, for blocks that are here. */
+  direct(): DirectAccess {
+    const { presence } = this;
+    const { inline } = this.image;
+    const direct = this.#direct;
+    direct.reads = inline !== 'never';
+    direct.nowait = inline === 'nowait';
+    direct.writes = this.#gate.kind === 'open' && this.#locks.size === 0;
+    direct.present = presence === null || presence.complete ? null : presence.bits;
+    return direct;
+  }
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     const { presence } = this;

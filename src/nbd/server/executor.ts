@@ -28,6 +28,11 @@ import { failureOf } from './validate.js';
 const SHARED_READ_BYTES_MAX = 128 << 10;
 /** Zeros of so many bytes are worth a question to the device, and a chunk of their own. */
 export const HOLE_READ_BYTES_MIN = 64 << 10;
+/**
+ * Bytes of answers the client has not taken, beyond which nothing more is begun for it: what is read ahead of a slow client leaves the
+ * processor's cache before it is sent.
+ */
+const UNSENT_BYTES_MAX = 1 << 20;
 /** Bytes read for one session in one turn, before the other sessions have theirs; a BLOCK_STATUS counts as STATUS_BYTES. */
 const TURN_BYTES_MAX = 4 << 20;
 const STATUS_BYTES = 64 << 10;
@@ -38,8 +43,9 @@ const SPARE_REQUESTS_MAX = 256;
 let boundBytes = 0;
 
 export class Executor implements RequestOwner {
-  /** Requests the device has. */
+  /** Requests the device has, and how many it was given in all. */
   active = 0;
+  given = 0;
   /** Memory bound in them, and in a WRITE that is being received, bytes. */
   bytes = 0;
   /** Nobody waits for answers any more; `silent`: nothing can be sent either. */
@@ -76,6 +82,11 @@ export class Executor implements RequestOwner {
     this.#finds = form !== 'simple' && device.zeroesNow !== undefined && record === null;
   }
 
+  /** READs that are as long as this, or shorter, are answered by data alone, in the current slab of the output. */
+  get directReadBytesMax(): number {
+    return this.#finds ? HOLE_READ_BYTES_MIN - 1 : SHARED_READ_BYTES_MAX;
+  }
+
   /** Memory bound in requests, and in answers the client has not taken, bytes. */
   get usedBytes(): number {
     return this.bytes + this.output.bytes;
@@ -100,6 +111,7 @@ export class Executor implements RequestOwner {
   /** Whether a request that needs `bytes` of memory may begin. */
   admits(bytes: number): boolean {
     if (this.active >= IN_FLIGHT_REQUESTS_MAX || this.turnOver || this.record?.full) return false;
+    if (this.output.bytes > UNSENT_BYTES_MAX) return false;
     const used = this.usedBytes;
     if (used === 0) return true;
     const ofOthers = boundBytes - this.#countedBytes;
@@ -109,6 +121,7 @@ export class Executor implements RequestOwner {
   /** Half of what the limits allow is free; then any request is admitted. */
   get roomy(): boolean {
     if (this.active > IN_FLIGHT_REQUESTS_MAX / 2 || this.record?.full) return false;
+    if (this.output.bytes > UNSENT_BYTES_MAX / 2) return false;
     const used = this.usedBytes;
     if (used === 0) return true;
     const ofOthers = boundBytes - this.#countedBytes;
@@ -339,6 +352,7 @@ export class Executor implements RequestOwner {
     const request = this.#spare.pop() ?? new Request(this);
     request.begin(head, slab);
     this.active++;
+    this.given++;
     return request;
   }
 

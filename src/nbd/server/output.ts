@@ -11,12 +11,20 @@
  * reused in the same turn, still warm; otherwise when the write's callback comes.
  */
 
+import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import { send } from '../../native/index.js';
 import type { Slab, SlabPool } from './slab.js';
 
 /** Size of the slab replies gather in; a batch is sent when it is full. */
 export const OUTPUT_SLAB_BYTES = 512 << 10;
+
+/**
+ * On TCP, a piece this long or longer is sent as its first bytes, which wait for the rest, and the rest: the same megabyte on loopback then takes
+ * a fifth less of the kernel's time. Unix sockets are better off without.
+ */
+const SPLIT_BYTES_MIN = 256 << 10;
+const SPLIT_HEAD_BYTES = 64;
 
 /** Says when answers may leave. */
 export interface Gate {
@@ -36,6 +44,7 @@ export class Output {
   readonly #onSpace: () => void;
   #stream: Duplex | null = null;
   #descriptor: number | null = null;
+  #splits = false;
   #broken = false;
 
   #slab: Slab;
@@ -69,6 +78,7 @@ export class Output {
   attach(stream: Duplex, descriptor: number | null = null): void {
     this.#stream = stream;
     this.#descriptor = descriptor;
+    this.#splits = stream instanceof net.Socket && stream.remoteFamily !== undefined;
   }
 
   /** Makes room for `length` <= OUTPUT_SLAB_BYTES bytes in `buffer`; returns where it begins. */
@@ -98,6 +108,28 @@ export class Output {
     this.bytes += slab.buffer.length;
   }
 
+  /** Nothing waits to be sent, so that what is put into `buffer` from its start on, by `exchange`, may leave around the batch. */
+  get idle(): boolean {
+    return this.bytes === 0 && this.#at === 0 && this.#stream !== null && !this.#broken;
+  }
+
+  /** The descriptor to send to straight away; -1 if everything has to go through the stream. */
+  get directDescriptor(): number {
+    const stream = this.#stream;
+    const descriptor = this.#descriptor;
+    if (stream === null || descriptor === null) return -1;
+    // Once it is destroyed the descriptor may be somebody else's.
+    return stream.destroyed || !stream.writable || stream.writableLength > 0 ? -1 : descriptor;
+  }
+
+  /** [start, end) of `buffer` are replies that were put there while it was idle; what comes before has been sent. */
+  keep(start: number, end: number): void {
+    if (start === end) return;
+    this.#runStart = start;
+    this.#at = start;
+    this.advance(end - start);
+  }
+
   /** Sends the batch, unless an earlier one is still on its way. */
   flush(): void {
     const stream = this.#stream;
@@ -111,7 +143,7 @@ export class Output {
     this.#slabs = free;
     this.#sendingBytes = this.#batchBytes;
     this.#batchBytes = 0;
-    const first = this.#sendNow(stream, pieces);
+    const first = this.#sendNow(pieces);
     const last = pieces.length - 1;
     if (first > last) {
       pieces.length = 0;
@@ -132,18 +164,26 @@ export class Output {
    * Sends what the kernel takes at once, around the stream, which has nothing queued: its queue and callbacks cost more than the system
    * call. Returns the index of the piece to go on with, cut down to what is left of it. What goes wrong the stream will find out.
    */
-  #sendNow(stream: Duplex, pieces: Buffer[]): number {
-    const descriptor = this.#descriptor;
-    // Once it is destroyed the descriptor may be somebody else's.
-    if (descriptor === null || stream.destroyed || !stream.writable || stream.writableLength > 0) return 0;
+  #sendNow(pieces: Buffer[]): number {
+    const descriptor = this.directDescriptor;
+    if (descriptor === -1) return 0;
     for (let i = 0; i < pieces.length; i++) {
       const piece = pieces[i]!;
-      const sent = send(descriptor, piece, 0, piece.length, i < pieces.length - 1);
+      const sent = this.#sendPiece(descriptor, piece, i < pieces.length - 1);
       if (sent === piece.length) continue;
       if (sent > 0) pieces[i] = piece.subarray(sent);
       return i;
     }
     return pieces.length;
+  }
+
+  /** As `send` answers. */
+  #sendPiece(descriptor: number, piece: Buffer, more: boolean): number {
+    if (!this.#splits || piece.length < SPLIT_BYTES_MIN) return send(descriptor, piece, 0, piece.length, more);
+    const head = send(descriptor, piece, 0, SPLIT_HEAD_BYTES, true);
+    if (head !== SPLIT_HEAD_BYTES) return head;
+    const rest = send(descriptor, piece, head, piece.length - head, more);
+    return rest < 0 ? head : head + rest;
   }
 
   /** The socket is gone: nothing is sent any more. Memory that may still be with the kernel is not reused. */

@@ -52,8 +52,29 @@ export class RequestParser {
     this.#head = new RequestHead(extended);
   }
 
-  /** Takes the bytes [at, end) of `chunk`; returns how far it came: `end`, unless it is `stalled` or `over`. */
-  parse(chunk: Buffer, at: number, end: number): number {
+  /** The next byte begins a request. */
+  get between(): boolean {
+    return this.#state === HEADER && this.#headerBytes === 0;
+  }
+
+  /**
+   * A WRITE's payload is missing: its rest is taken from `receive`, which fills a part of a buffer, from its start on, and answers how many
+   * bytes it was. Whether that was all.
+   */
+  fill(receive: (buffer: Buffer, at: number, length: number) => number): boolean {
+    if (this.#state !== FILL) return false;
+    const done = this.#head.payload - this.#missing;
+    this.#missing -= receive(this.#slab!.buffer, HEAD_ROOM + done, this.#missing);
+    if (this.#missing > 0) return false;
+    this.#endPayload();
+    return true;
+  }
+
+  /**
+   * Takes the bytes [at, end) of `chunk`; returns how far it came: `end`, unless it is `stalled` or `over`, or wanted for `one` request, or what
+   * is left of it, alone.
+   */
+  parse(chunk: Buffer, at: number, end: number, one: boolean): number {
     this.stalled = false;
     let from = at;
     for (;;) {
@@ -68,7 +89,7 @@ export class RequestParser {
         }
         this.#state = HEADER;
         from = this.#begin(chunk, from, end);
-        if (this.over !== null) return from;
+        if (this.over !== null || (one && this.#state === HEADER)) return from;
       } else {
         const count = Math.min(this.#missing, end - from);
         if (this.#state !== SKIP) this.#keep(chunk, from, count);
@@ -76,6 +97,7 @@ export class RequestParser {
         from += count;
         if (this.#missing > 0) return from;
         this.#endPayload();
+        if (one) return from;
       }
     }
   }

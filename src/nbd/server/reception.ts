@@ -13,12 +13,12 @@ import type { Duplex } from 'node:stream';
 import { peerGone, sendBuffer } from '../../native/index.js';
 import { descriptorOf, detach, isDetachable, whenSent } from './detach.js';
 
-/** Bytes one read can bring. */
-export const RECEIVE_BUFFER_BYTES = 256 << 10;
+/** Bytes one read can bring: 256 KiB of payload in requests of 64 KiB, with their headers. */
+export const RECEIVE_BUFFER_BYTES = 260 << 10;
 
 /**
- * Bytes of answers that the kernel takes before the client has read them. Linux wakes the writer of a unix socket only when three
- * quarters of them are read: with its default of 208 KiB client and server wait for each other in turn.
+ * Bytes of answers that the kernel takes of a unix socket before the client has read them. Linux wakes its writer only when three quarters of
+ * them are read: with the default of 208 KiB client and server wait for each other in turn. TCP finds a size by itself.
  */
 const SEND_BUFFER_BYTES = 2 << 20;
 
@@ -43,6 +43,8 @@ export interface Sink {
 export class Reception {
   /** What is read and written now; changes at most once. */
   stream: net.Socket | Duplex;
+  /** What every read of a connection that was taken over comes in; null without one. */
+  buffer: Buffer | null = null;
   #open = false;
 
   /** `rest`: bytes of transmission that the handshake has read. */
@@ -70,6 +72,10 @@ export class Reception {
     if (this.#open) this.stream.resume();
   }
 
+  pause(): void {
+    this.stream.pause();
+  }
+
   /** The client is known to send no more, though some of what it sent may not have been read yet. */
   get peerGone(): boolean {
     const descriptor = descriptorOf(this.stream);
@@ -94,16 +100,17 @@ export class Reception {
       this.#openPlain(); // out of descriptors: slower, but served
       return;
     }
-    sendBuffer(taken.fd, SEND_BUFFER_BYTES); // not vital
+    if (socket.remoteAddress === undefined) sendBuffer(taken.fd, SEND_BUFFER_BYTES); // not vital
     socket.off('close', this.#onClose);
     const { sink } = this;
+    this.buffer = Buffer.allocUnsafeSlow(RECEIVE_BUFFER_BYTES);
     const options: net.SocketConstructorOpts & net.ConnectOpts = {
       fd: taken.fd,
       readable: true,
       writable: true,
       allowHalfOpen: true,
       onread: {
-        buffer: Buffer.allocUnsafeSlow(RECEIVE_BUFFER_BYTES),
+        buffer: this.buffer,
         callback: (length, chunk) => sink.onBytes(chunk as Buffer, length),
       },
     };

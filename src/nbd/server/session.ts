@@ -22,6 +22,7 @@ import type { Logger } from 'pino';
 import type { BlockDevice } from '../device.js';
 import { Recorder } from '../log/recorder.js';
 import type { Session as ConnectionSession, SessionParameters } from './connection.js';
+import { Ending, Exchange } from './exchange.js';
 import { Executor } from './executor.js';
 import { Output } from './output.js';
 import { RequestParser } from './parser.js';
@@ -73,6 +74,8 @@ class TransmissionSession implements Session, Sink {
   readonly #executor: Executor;
   readonly #parser: RequestParser;
   readonly #reception: Reception;
+  /** Null: the device has nothing to be reached directly. */
+  readonly #exchange: Exchange | null;
 
   #phase: 'open' | 'finishing' | 'flushing' | 'lingering' | 'closed' = 'open';
   #clientEnded = false;
@@ -91,6 +94,8 @@ class TransmissionSession implements Session, Sink {
   /** Within #consume, whose end sends all that was answered meanwhile. */
   #consuming = false;
   #scheduled = false;
+  /** `#exchangeAgain` is. */
+  #exchangeDue = false;
 
   constructor(socket: net.Socket | Duplex, parameters: SessionParameters) {
     const { device, contexts, rest, log } = parameters;
@@ -112,6 +117,10 @@ class TransmissionSession implements Session, Sink {
     this.#record = transactionLog === null ? null : new Recorder(transactionLog, this.#turn);
     output.gate = this.#record;
     this.#executor = new Executor(slabs, device, form, output, replies, log, this.#schedule, this.#record);
+    this.#exchange =
+      device.direct === undefined || this.#record !== null
+        ? null
+        : new Exchange(device, output, form, readOnly, this.#executor.directReadBytesMax);
     this.#parser = new RequestParser(rules, this.#executor, replies, contexts, form === 'extended');
     this.#reception = new Reception(socket, rest, this);
     this.#reception.start();
@@ -143,7 +152,7 @@ class TransmissionSession implements Session, Sink {
   }
 
   onBytes(chunk: Buffer, length: number): boolean {
-    return this.#consume(chunk, 0, length);
+    return this.#consume(chunk, 0, length, chunk === this.#reception.buffer);
   }
 
   onEnd(): void {
@@ -178,18 +187,37 @@ class TransmissionSession implements Session, Sink {
     this.#advance();
   }
 
-  /** Parses and carries out [at, end) of the chunk, and sends the answers. False: stalled, the rest of the chunk is held. */
-  #consume(chunk: Buffer, at: number, end: number): boolean {
+  /**
+   * Parses and carries out [at, end) of the chunk, and sends the answers; `receives`: likewise with what has come since, if that can be had
+   * around the stream. False: stalled, the rest of the chunk is held.
+   */
+  #consume(chunk: Buffer, at: number, last: number, receives: boolean): boolean {
     const parser = this.#parser;
     if ((this.#phase !== 'open' && this.#phase !== 'finishing') || parser.over !== null) return true;
     const executor = this.#executor;
     this.#consuming = true;
     executor.beginTurn();
+    const { given } = executor;
     let from = at;
+    let end = last;
+    let ending: number | null;
+    let filled: boolean;
     do {
-      from = parser.parse(chunk, from, end);
+      // What the device was given may have work due at the end of this turn: it must not wait for more to come.
+      ending = this.#exchanged(chunk, from, end, receives && executor.given === given);
+      if (ending !== null) {
+        from = this.#exchange!.at;
+        end = this.#exchange!.end;
+      }
+      from = parser.parse(chunk, from, end, ending === Ending.OTHER || ending === Ending.COLD);
+      filled = receives && from === end && executor.given === given && parser.fill(this.#receive);
+      if (filled) from = end = 0;
       this.#output.flush();
-    } while (parser.stalled && executor.roomy && !executor.turnOver);
+    } while (
+      parser.over === null &&
+      (parser.stalled ? executor.roomy && !executor.turnOver : filled || from < end)
+    );
+    if (ending === Ending.TURN) this.#exchangeSoon();
     this.#consuming = false;
     this.#heldForTurn = executor.turnOver && executor.roomy;
     if (parser.stalled && executor.turnOver) this.#schedule();
@@ -208,6 +236,29 @@ class TransmissionSession implements Session, Sink {
     this.#advance();
     return this.#held === null;
   }
+
+  /** What `Exchange.run` answers, if it may run. */
+  #exchanged(chunk: Buffer, at: number, end: number, receives: boolean): number | null {
+    if (this.#exchange === null || this.#phase !== 'open' || !this.#parser.between) return null;
+    return this.#exchange.run(chunk, at, end, receives);
+  }
+
+  readonly #receive = (buffer: Buffer, at: number, length: number): number =>
+    this.#exchange === null || this.#phase !== 'open' ? 0 : this.#exchange.receive(buffer, at, length);
+
+  /** The loop has its turn, and then it goes on. */
+  #exchangeSoon(): void {
+    if (this.#exchangeDue) return;
+    this.#exchangeDue = true;
+    setImmediate(this.#exchangeAgain);
+  }
+
+  readonly #exchangeAgain = (): void => {
+    this.#exchangeDue = false;
+    const { buffer } = this.#reception;
+    if (this.#held !== null || this.#clientEnded || buffer === null || !this.#parser.between) return;
+    if (!this.#consume(buffer, 0, 0, true)) this.#reception.pause();
+  };
 
   readonly #look = (): void => {
     if (this.#held === null) this.#stopLooking();
@@ -237,7 +288,7 @@ class TransmissionSession implements Session, Sink {
       // A client that hung up meanwhile may be back on another connection, and have sent these requests again there, and
       // others after them: none of what was not begun may be carried out on top.
       if (!this.#heldForTurn && this.#reception.peerGone) this.#abandon();
-      else if (this.#consume(this.#held, this.#heldAt, this.#heldEnd)) {
+      else if (this.#consume(this.#held, this.#heldAt, this.#heldEnd, false)) {
         this.#reception.resume();
         if (this.#clientEnded) this.#ended();
       }

@@ -1,0 +1,158 @@
+#include "exchange.h"
+
+#include <poll.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <ctime>
+
+#include "system.h"
+
+namespace blockferry {
+namespace {
+
+// Of WRITEs as long as this it is worth to receive no more than whole ones: what came of the next one would have to be moved.
+constexpr size_t kMovedBytesMax = 32 << 10;
+
+// Longer between two looks while polling: another program had the processor, and wants it again.
+constexpr int64_t kPreemptedNs = 100 * 1000;
+
+int64_t nowNs() {
+  timespec time;
+  ::clock_gettime(CLOCK_MONOTONIC, &time);
+  return int64_t{time.tv_sec} * 1000000000 + time.tv_nsec;
+}
+
+int64_t nsOf(double us) { return static_cast<int64_t>(us * 1000); }
+
+// Whether the loop would find something to do.
+bool hasWork(uv_loop_t* loop) {
+  pollfd state = {};
+  state.fd = uv_backend_fd(loop);
+  state.events = POLLIN;
+  return ::poll(&state, 1, 0) != 0;
+}
+
+// How much to receive behind `end` bytes in a buffer of `capacity`: as much as fits, or WRITEs of `writeBytes` like the last one.
+size_t receiveRoom(size_t end, size_t capacity, size_t writeBytes) {
+  const size_t whole = writeBytes > kMovedBytesMax ? capacity / writeBytes * writeBytes : 0;
+  return (whole > end ? whole : capacity) - end;
+}
+
+// Receives when there is something within the time -> bytes; 0: closed; -EAGAIN: nothing came; -EBUSY: the loop has other work.
+int64_t receivePolling(uv_loop_t* loop, int socket, uint8_t* data, size_t length, int64_t pollNs) {
+  int64_t got = receiveSome(socket, data, length);
+  if (got != -EAGAIN || pollNs <= 0) return got;
+  // Callbacks that are due now: it would not wait either.
+  if (uv_backend_timeout(loop) == 0) return -EBUSY;
+  int64_t last = nowNs();
+  const int64_t deadline = last + pollNs;
+  for (;;) {
+    if (hasWork(loop)) {
+      got = receiveSome(socket, data, length);
+      return got == -EAGAIN ? -EBUSY : got;
+    }
+    ::sched_yield();
+    const int64_t now = nowNs();
+    if (now >= deadline || now - last > kPreemptedNs) return -EAGAIN;
+    last = now;
+  }
+}
+
+// Sends the answers; false if the socket does not take all.
+bool sendAnswers(ExchangeJob& job, const uint8_t* out) {
+  const auto from = static_cast<size_t>(job.outFrom);
+  const auto to = static_cast<size_t>(job.outTo);
+  if (from == to) return true;
+  const int64_t sent = sendSome(static_cast<int>(job.socket), out + from, to - from, false);
+  if (sent != static_cast<int64_t>(to - from)) {
+    if (sent > 0) job.outFrom += static_cast<double>(sent);
+    return false;
+  }
+  job.outFrom = job.outTo = 0;
+  return true;
+}
+
+}  // namespace
+
+size_t receivePayload(uv_loop_t* loop, int socket, uint8_t* data, size_t length, double pollUs, double turnUs) {
+  const int64_t deadline = nowNs() + nsOf(turnUs);
+  size_t done = 0;
+  while (done < length) {
+    const int64_t got = receivePolling(loop, socket, data + done, length - done, nsOf(pollUs));
+    if (got <= 0) break;
+    done += static_cast<size_t>(got);
+    if (done < length && nowNs() >= deadline) break;
+  }
+  return done;
+}
+
+Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, uint8_t* out, size_t outBytes,
+                const uint8_t* present, size_t presentBytes) {
+  const int socket = static_cast<int>(job.socket);
+  const auto access = static_cast<uint32_t>(job.access);
+  const Target target = {static_cast<int>(job.image),
+                         static_cast<uint64_t>(job.imageBytes),
+                         (access & 1) != 0,
+                         (access & 2) != 0,
+                         (access & 4) != 0,
+                         static_cast<uint32_t>(job.readBytesMax),
+                         static_cast<uint32_t>(job.writeBytesMax),
+                         present,
+                         presentBytes};
+  const Form form = static_cast<Form>(static_cast<uint32_t>(job.form));
+  auto at = static_cast<size_t>(job.at);
+  auto end = static_cast<size_t>(job.end);
+  const auto ended = [&](Ending ending) {
+    job.at = static_cast<double>(at);
+    job.end = static_cast<double>(end);
+    return ending;
+  };
+  size_t writeBytes = 0;
+  int64_t before = nowNs();
+  const int64_t deadline = before + nsOf(job.turnUs);
+  for (;;) {
+    Stop stop = Stop::kEmpty;
+    auto repliesMax = static_cast<size_t>(job.repliesMax);
+    while (at < end) {
+      const auto outTo = static_cast<size_t>(job.outTo);
+      const Batch batch = execute(target, form, in + at, end - at, out + outTo, outBytes - outTo,
+                                  repliesMax);
+      repliesMax = 2 * static_cast<size_t>(job.repliesMax);
+      at += batch.consumed;
+      job.outTo += static_cast<double>(batch.produced);
+      stop = batch.stop;
+      writeBytes = batch.writeBytes;
+      if (target.writes && batch.consumed > 0) {
+        const int64_t now = nowNs();
+        job.slowestWriteUs = std::max(job.slowestWriteUs, static_cast<double>(now - before) / 1000);
+        before = now;
+      }
+      if (socket >= 0 ? !sendAnswers(job, out) : stop == Stop::kFull) return ended(Ending::kUnsent);
+      if (stop != Stop::kFull) break;
+      if (batch.consumed == 0 && outTo == 0) return ended(Ending::kOther);  // a reply that no output holds
+    }
+    if (stop == Stop::kOther) return ended(Ending::kOther);
+    if (stop == Stop::kCold) return ended(Ending::kCold);
+    if (socket < 0 || job.pollUs < 0) return ended(Ending::kIdle);
+    // What is left begins a request, whose rest belongs behind it.
+    if (at > 0) {
+      if (at < end) std::memmove(in, in + at, end - at);
+      end -= at;
+      at = 0;
+    }
+    if (end == inBytes) return ended(Ending::kOther);  // a request that no input holds
+    if (nowNs() >= deadline) return ended(Ending::kTurn);
+    const size_t room = std::min(receiveRoom(end, inBytes, writeBytes), static_cast<size_t>(job.receiveBytesMax));
+    const int64_t got = receivePolling(loop, socket, in + end, room, nsOf(job.pollUs));
+    if (got == -EAGAIN) return ended(Ending::kIdle);
+    if (got == -EBUSY) return ended(Ending::kTurn);
+    if (got <= 0) return ended(Ending::kClosed);
+    end += static_cast<size_t>(got);
+    before = target.writes ? nowNs() : before;
+  }
+}
+
+}  // namespace blockferry

@@ -1,0 +1,57 @@
+// A session's turn without JavaScript: requests that have come are carried out (batch.h), their answers sent, and what comes next is
+// received and carried out likewise, for as long as that goes on and the turn's time is not up. One synchronous call on the thread of
+// the socket and the image; it keeps nothing.
+//
+// Before it gives up waiting it polls for a while, as KVM's halt polling does: to sleep and be woken costs more than a small request. What
+// else the thread has to do ends that at once (the event loop's own descriptor tells), and so does another program that wants the processor.
+#pragma once
+
+#include <uv.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "batch.h"
+
+namespace blockferry {
+
+// Why an exchange ended. In each case [at, end) of the input is what was received and not carried out, and [outFrom, outTo) of the output
+// what was answered and not sent.
+enum class Ending : uint32_t {
+  kIdle,    // nothing more has come; polling did not help. What is left is less than a request
+  kTurn,    // the time is up, or the event loop has other work: to be called again behind that
+  kOther,   // the session must see to the request at `at`
+  kCold,    // likewise: a READ that waits for the disk
+  kUnsent,  // the socket does not take more answers, or there is none, and no room
+  kClosed,  // the other end sends no more, or the connection is broken: the socket's stream will find out
+};
+
+// All fields are numbers of JavaScript, so that it writes and reads them in place; src/nbd/server/exchange.ts has the same order.
+struct ExchangeJob {
+  // What it is given.
+  double socket;         // -1: the answers stay in the output, and nothing is received
+  double image;
+  double imageBytes;
+  double access;         // bits: 1 reads, 2 writes, 4 nowait
+  double form;
+  double readBytesMax;
+  double writeBytesMax;
+  double repliesMax;     // answers are sent when there are so many, 1 at least; of the same input, then twice as many
+  double receiveBytesMax; // received at once, 1 at least
+  double pollUs;         // polls for so long before it gives up; -1: nothing is received
+  double turnUs;         // and returns at the latest behind the answers that this time sees
+  // What it is given and gives back.
+  double at, end;        // of the input
+  double outFrom, outTo; // of the output
+  // What it gives back.
+  double slowestWriteUs; // the longest time that requests with WRITEs among them took, carried out together
+};
+
+// Receives `length` bytes that are on their way, polling as above -> how many came: fewer when nothing more came in time, when the loop has
+// other work, after `turnUs`, or when the connection has ended, which its stream will find out.
+size_t receivePayload(uv_loop_t* loop, int socket, uint8_t* data, size_t length, double pollUs, double turnUs);
+
+Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, uint8_t* out, size_t outBytes,
+                const uint8_t* present, size_t presentBytes);
+
+}  // namespace blockferry

@@ -1,0 +1,136 @@
+/**
+ * The way of a session around JavaScript: requests that need nothing but bytes of the device that are here (`BlockDevice.direct`) are
+ * received, carried out and answered by one native call (native/src/exchange.h), which comes back with the first request that needs more, or
+ * when there is nothing to do.
+ *
+ * Invariants
+ * - It runs only while no answer waits to be sent and no request is half received, and never with a transaction log.
+ * - What the device allows is asked before each call, and holds for it: nothing else happens on this thread meanwhile.
+ * - It receives only in place of the socket's own stream, into the stream's own buffer, while that would read as well. The stream
+ *   learns of the end and of errors by itself: they stay.
+ *
+ * Before it sleeps it polls, for as long as that has paid of late: the next request is likely to come within POLL_US_MAX if the last one that
+ * was slept for did. To sleep costs a small request more than to be carried out.
+ */
+
+import { exchange, receivePayload } from '../../native/index.js';
+import { EXTENDED_REQUEST_HEADER_BYTES, REQUEST_HEADER_BYTES, type ReplyForm } from '../constants.js';
+import type { BlockDevice } from '../device.js';
+import type { Output } from './output.js';
+
+/** Why the native call ended, as native/src/exchange.h has it. */
+export const Ending = { IDLE: 0, TURN: 1, OTHER: 2, COLD: 3, UNSENT: 4, CLOSED: 5 } as const;
+
+/** Places of the job, as native/src/exchange.h has them. */
+const SOCKET = 0;
+const IMAGE = 1;
+const IMAGE_BYTES = 2;
+const ACCESS = 3;
+const FORM = 4;
+const READ_BYTES_MAX = 5;
+const WRITE_BYTES_MAX = 6;
+const REPLIES_MAX = 7;
+const RECEIVE_BYTES_MAX = 8;
+const POLL_US = 9;
+const TURN_US = 10;
+const AT = 11;
+const END = 12;
+const OUT_FROM = 13;
+const OUT_TO = 14;
+const SLOWEST_WRITE_US = 15;
+const JOB_PLACES = 16;
+
+const FORMS: Record<ReplyForm, number> = { simple: 0, structured: 1, extended: 2 };
+const READS = 1;
+const WRITES = 2;
+const NOWAIT = 4;
+
+/** Answers leave when there are so many: the client works on them while the next ones are made. */
+const SENT_REPLIES_MAX = 8;
+/** Longer WRITEs are received into a slab of their own, and behind one nothing but the next header: the next payload is likely as long. */
+const DIRECT_WRITE_BYTES_MAX = 128 << 10;
+/** How long a payload that keeps coming may take, before the event loop has its turn. */
+const PAYLOAD_US_MAX = 500;
+/** The event loop has its turn after so long, whatever comes. */
+const TURN_US_MAX = 250;
+/** Polling stops being worth it: longer than to sleep and be woken takes on a slow machine. */
+export const POLL_US_MAX = 50;
+const POLL_US_MIN = 8;
+
+export class Exchange {
+  /** Of the input, after a call: [at, end) was received and not carried out. */
+  at = 0;
+  end = 0;
+  #pollUs = 0;
+  #afterLong = false;
+  /** When it last gave up polling, or did not begin; 0: it has been called since. Milliseconds. */
+  #idleSince = 0;
+  readonly #headBytes: number;
+  readonly #job = new Float64Array(JOB_PLACES);
+
+  /** `readBytesMax`: longer READs are the session's. */
+  constructor(
+    private readonly device: BlockDevice,
+    private readonly output: Output,
+    form: ReplyForm,
+    readOnly: boolean,
+    readBytesMax: number,
+  ) {
+    this.#headBytes = form === 'extended' ? EXTENDED_REQUEST_HEADER_BYTES : REQUEST_HEADER_BYTES;
+    const job = this.#job;
+    job[IMAGE_BYTES] = device.size;
+    job[FORM] = FORMS[form];
+    job[READ_BYTES_MAX] = readBytesMax;
+    job[WRITE_BYTES_MAX] = readOnly ? 0 : DIRECT_WRITE_BYTES_MAX;
+    job[REPLIES_MAX] = SENT_REPLIES_MAX;
+    job[TURN_US] = TURN_US_MAX;
+  }
+
+  /**
+   * Begins with [at, end) of `input`; `receives`: what comes next too, to which `input` belongs as a whole then. Answers an `Ending`, or
+   * null if it cannot run now.
+   */
+  run(input: Buffer, at: number, end: number, receives: boolean): number | null {
+    this.at = at;
+    this.end = end;
+    const { output } = this;
+    const direct = output.idle ? this.device.direct!() : null;
+    if (direct === null) return null;
+    const socket = output.directDescriptor;
+    const job = this.#job;
+    job[SOCKET] = socket;
+    job[IMAGE] = direct.fd;
+    job[ACCESS] = (direct.reads ? READS : 0) | (direct.writes ? WRITES : 0) | (direct.nowait ? NOWAIT : 0);
+    job[AT] = at;
+    job[END] = end;
+    job[OUT_FROM] = 0;
+    job[OUT_TO] = 0;
+    job[SLOWEST_WRITE_US] = 0;
+    if (this.#idleSince !== 0) this.#adapt();
+    job[POLL_US] = receives ? this.#pollUs : -1;
+    job[RECEIVE_BYTES_MAX] = this.#afterLong ? this.#headBytes : input.length;
+    const ending = exchange(job, input, output.buffer, direct.present);
+    this.at = job[AT]!;
+    this.end = job[END]!;
+    output.keep(job[OUT_FROM]!, job[OUT_TO]!);
+    if (receives && ending === Ending.IDLE) this.#idleSince = performance.now();
+    if (ending !== Ending.OTHER) this.#afterLong = false;
+    return ending;
+  }
+
+  /** Receives what has come, and what comes in time, of a payload that is missing `length` bytes -> how many bytes came. */
+  receive(buffer: Buffer, at: number, length: number): number {
+    const socket = this.output.directDescriptor;
+    if (socket === -1) return 0;
+    this.#afterLong = length > DIRECT_WRITE_BYTES_MAX;
+    return receivePayload(socket, buffer, at, length, POLL_US_MAX, PAYLOAD_US_MAX);
+  }
+
+  /** As KVM's halt polling: it grows while what it would have waited for comes in time, and shrinks when it does not. */
+  #adapt(): void {
+    const waitedUs = (performance.now() - this.#idleSince) * 1000 + this.#pollUs;
+    this.#idleSince = 0;
+    if (waitedUs > POLL_US_MAX) this.#pollUs = this.#pollUs > POLL_US_MIN ? this.#pollUs >> 1 : 0;
+    else this.#pollUs = Math.min(Math.max(this.#pollUs * 2, POLL_US_MIN * 2), POLL_US_MAX);
+  }
+}
