@@ -52,15 +52,14 @@ napi_value Send(napi_env env, napi_callback_info info) {
 }
 
 napi_value ReceivePayload(napi_env env, napi_callback_info info) {
-  Args<6> args(env, info);
+  Args<5> args(env, info);
   const int fd = args.fd(0);
   const Bytes to = args.span(1);
-  const auto pollUs = static_cast<double>(args.whole(4, "pollUs", UINT32_MAX));
-  const auto turnUs = static_cast<double>(args.whole(5, "turnUs", UINT32_MAX));
+  const auto turnUs = static_cast<double>(args.whole(4, "turnUs", UINT32_MAX));
   uv_loop_t* loop = nullptr;
   if (!args.ok) return nullptr;
   if (napi_get_uv_event_loop(env, &loop) != napi_ok) return failed(env, "no event loop");
-  return number(env, static_cast<int64_t>(receivePayload(loop, fd, to.data, to.length, pollUs, turnUs)));
+  return number(env, static_cast<int64_t>(receivePayload(loop, fd, to.data, to.length, turnUs)));
 }
 
 // Whether `value` is a whole number in 0..max.

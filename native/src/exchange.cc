@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 #include <ctime>
 
 #include "system.h"
@@ -15,6 +16,9 @@ namespace {
 
 // Of WRITEs as long as this it is worth to receive no more than whole ones: what came of the next one would have to be moved.
 constexpr size_t kMovedBytesMax = 32 << 10;
+
+// What else the loop has to do ends the sleep, but for its timers.
+constexpr int kSleepMs = 1;
 
 // Longer between two looks while polling: another program had the processor, and wants it again.
 constexpr int64_t kPreemptedNs = 100 * 1000;
@@ -61,6 +65,16 @@ int64_t receivePolling(uv_loop_t* loop, int socket, uint8_t* data, size_t length
   }
 }
 
+// Likewise, but sleeps for it.
+int64_t receiveSleeping(uv_loop_t* loop, int socket, uint8_t* data, size_t length) {
+  const int64_t got = receiveSome(socket, data, length);
+  if (got != -EAGAIN) return got;
+  if (uv_backend_timeout(loop) == 0) return -EBUSY;
+  pollfd states[] = {{socket, POLLIN, 0}, {uv_backend_fd(loop), POLLIN, 0}};
+  if (::poll(states, std::size(states), kSleepMs) <= 0) return got;
+  return (states[0].revents & POLLIN) != 0 ? receiveSome(socket, data, length) : -EBUSY;
+}
+
 // Sends the answers; false if the socket does not take all.
 bool sendAnswers(ExchangeJob& job, const uint8_t* out) {
   const auto from = static_cast<size_t>(job.outFrom);
@@ -77,11 +91,11 @@ bool sendAnswers(ExchangeJob& job, const uint8_t* out) {
 
 }  // namespace
 
-size_t receivePayload(uv_loop_t* loop, int socket, uint8_t* data, size_t length, double pollUs, double turnUs) {
+size_t receivePayload(uv_loop_t* loop, int socket, uint8_t* data, size_t length, double turnUs) {
   const int64_t deadline = nowNs() + nsOf(turnUs);
   size_t done = 0;
   while (done < length) {
-    const int64_t got = receivePolling(loop, socket, data + done, length - done, nsOf(pollUs));
+    const int64_t got = receiveSleeping(loop, socket, data + done, length - done);
     if (got <= 0) break;
     done += static_cast<size_t>(got);
     if (done < length && nowNs() >= deadline) break;
@@ -146,7 +160,8 @@ Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, 
     if (end == inBytes) return ended(Ending::kOther);  // a request that no input holds
     if (nowNs() >= deadline) return ended(Ending::kTurn);
     const size_t room = std::min(receiveRoom(end, inBytes, writeBytes), static_cast<size_t>(job.receiveBytesMax));
-    const int64_t got = receivePolling(loop, socket, in + end, room, nsOf(job.pollUs));
+    const int64_t got = job.sleeps != 0 ? receiveSleeping(loop, socket, in + end, room)
+                                        : receivePolling(loop, socket, in + end, room, nsOf(job.pollUs));
     if (got == -EAGAIN) return ended(Ending::kIdle);
     if (got == -EBUSY) return ended(Ending::kTurn);
     if (got <= 0) return ended(Ending::kClosed);

@@ -39,6 +39,7 @@ struct ExchangeJob {
   double repliesMax;     // answers are sent when there are so many, 1 at least; of the same input, then twice as many
   double receiveBytesMax; // received at once, 1 at least
   double pollUs;         // polls for so long before it gives up; -1: nothing is received
+  double sleeps;         // 1: sleeps for up to a millisecond instead of polling, as for a payload
   double turnUs;         // and returns at the latest behind the answers that this time sees
   // What it is given and gives back.
   double at, end;        // of the input
@@ -47,9 +48,10 @@ struct ExchangeJob {
   double slowestWriteUs; // the longest time that requests with WRITEs among them took, carried out together
 };
 
-// Receives `length` bytes that are on their way, polling as above -> how many came: fewer when nothing more came in time, when the loop has
-// other work, after `turnUs`, or when the connection has ended, which its stream will find out.
-size_t receivePayload(uv_loop_t* loop, int socket, uint8_t* data, size_t length, double pollUs, double turnUs);
+// Receives `length` bytes that are on their way -> how many came: fewer when nothing more came for a millisecond, when the loop has other
+// work, after `turnUs`, or when the connection has ended, which its stream will find out. It sleeps for them: to be woken costs little beside
+// them, and who sends them is at work.
+size_t receivePayload(uv_loop_t* loop, int socket, uint8_t* data, size_t length, double turnUs);
 
 Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, uint8_t* out, size_t outBytes,
                 const uint8_t* present, size_t presentBytes);

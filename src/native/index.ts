@@ -54,14 +54,7 @@ interface Addon {
   seekEnd(fd: number): number;
   peerGone(fd: number): number;
   send(fd: number, buffer: Uint8Array, at: number, length: number, more: boolean): number;
-  receivePayload(
-    fd: number,
-    buffer: Uint8Array,
-    at: number,
-    length: number,
-    pollUs: number,
-    turnUs: number,
-  ): number;
+  receivePayload(fd: number, buffer: Uint8Array, at: number, length: number, turnUs: number): number;
   exchange(job: Float64Array, input: Uint8Array, output: Uint8Array, present: Uint8Array | null): number;
   sendBuffer(fd: number, bytes: number): number;
   lockFile(fd: number, exclusive: boolean): number;
@@ -209,8 +202,8 @@ export const peerGone = addon.peerGone;
 export const send = addon.send;
 
 /**
- * Receives what is on its way, until there are `length` bytes -> how many came: fewer if nothing came for `pollUs` microseconds, if the event
- * loop has other work, after `turnUs` in all, or if the connection ended or broke, which the socket's stream learns by itself.
+ * Receives what is on its way, until there are `length` bytes -> how many came: fewer if nothing came for a millisecond, if the event loop has
+ * other work, after `turnUs` microseconds in all, or if the connection ended or broke, which the socket's stream learns by itself.
  */
 export const receivePayload = addon.receivePayload;
 

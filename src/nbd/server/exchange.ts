@@ -32,13 +32,14 @@ const WRITE_BYTES_MAX = 6;
 const REPLIES_MAX = 7;
 const RECEIVE_BYTES_MAX = 8;
 const POLL_US = 9;
-const TURN_US = 10;
-const AT = 11;
-const END = 12;
-const OUT_FROM = 13;
-const OUT_TO = 14;
-const SLOWEST_WRITE_US = 15;
-const JOB_PLACES = 16;
+const SLEEPS = 10;
+const TURN_US = 11;
+const AT = 12;
+const END = 13;
+const OUT_FROM = 14;
+const OUT_TO = 15;
+const SLOWEST_WRITE_US = 16;
+const JOB_PLACES = 17;
 
 const FORMS: Record<ReplyForm, number> = { simple: 0, structured: 1, extended: 2 };
 const READS = 1;
@@ -107,6 +108,8 @@ export class Exchange {
     job[OUT_TO] = 0;
     job[SLOWEST_WRITE_US] = 0;
     if (this.#idleSince !== 0) this.#adapt();
+    // To be woken costs little beside a long payload.
+    job[SLEEPS] = Number(this.#afterLong);
     job[POLL_US] = receives ? this.#pollUs : -1;
     job[RECEIVE_BYTES_MAX] = this.#afterLong ? this.#headBytes : input.length;
     const ending = exchange(job, input, output.buffer, direct.present);
@@ -123,7 +126,7 @@ export class Exchange {
     const socket = this.output.directDescriptor;
     if (socket === -1) return 0;
     this.#afterLong = length > DIRECT_WRITE_BYTES_MAX;
-    return receivePayload(socket, buffer, at, length, POLL_US_MAX, PAYLOAD_US_MAX);
+    return receivePayload(socket, buffer, at, length, PAYLOAD_US_MAX);
   }
 
   /** As KVM's halt polling: it grows while what it would have waited for comes in time, and shrinks when it does not. */

@@ -179,7 +179,8 @@ export class Output {
 
   /** As `send` answers. */
   #sendPiece(descriptor: number, piece: Buffer, more: boolean): number {
-    if (!this.#splits || piece.length < SPLIT_BYTES_MIN) return send(descriptor, piece, 0, piece.length, more);
+    if (!this.#splits || piece.length < SPLIT_BYTES_MIN)
+      return send(descriptor, piece, 0, piece.length, more);
     const head = send(descriptor, piece, 0, SPLIT_HEAD_BYTES, true);
     if (head !== SPLIT_HEAD_BYTES) return head;
     const rest = send(descriptor, piece, head, piece.length - head, more);
