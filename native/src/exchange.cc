@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <iterator>
 #include <ctime>
+#include <iterator>
 
 #include "system.h"
 
@@ -132,8 +132,7 @@ Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, 
     auto repliesMax = static_cast<size_t>(job.repliesMax);
     while (at < end) {
       const auto outTo = static_cast<size_t>(job.outTo);
-      const Batch batch = execute(target, form, in + at, end - at, out + outTo, outBytes - outTo,
-                                  repliesMax);
+      const Batch batch = execute(target, form, in + at, end - at, out + outTo, outBytes - outTo, repliesMax);
       repliesMax = 2 * static_cast<size_t>(job.repliesMax);
       at += batch.consumed;
       job.outTo += static_cast<double>(batch.produced);
@@ -166,6 +165,7 @@ Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, 
     if (got == -EBUSY) return ended(Ending::kTurn);
     if (got <= 0) return ended(Ending::kClosed);
     end += static_cast<size_t>(got);
+    job.receivedBytes += static_cast<double>(got);
     before = target.writes ? nowNs() : before;
   }
 }

@@ -45,6 +45,7 @@ struct ExchangeJob {
   double at, end;        // of the input
   double outFrom, outTo; // of the output
   // What it gives back.
+  double receivedBytes;
   double slowestWriteUs; // the longest time that requests with WRITEs among them took, carried out together
 };
 

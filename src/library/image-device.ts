@@ -47,6 +47,10 @@ export class ImageDevice implements BlockDevice {
     return this.#closing === null ? this.#store.direct() : null;
   }
 
+  directWriteTook(us: number): void {
+    this.#store.directWriteTook(us);
+  }
+
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     return this.#closing === null ? this.#store.readNow(offset, length, buffer, at) : Errno.ESHUTDOWN;
   }

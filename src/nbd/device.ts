@@ -82,6 +82,8 @@ export interface BlockDevice {
 
   /** What may be touched at this moment; null: nothing. It holds until this thread does anything else, and is not kept. */
   direct?(): DirectAccess | null;
+  /** Told when writes made that way, a few of them together, took remarkably long: `us` microseconds. */
+  directWriteTook?(us: number): void;
   readNow(offset: number, length: number, buffer: Buffer, at: number): number;
   /**
    * How many bytes from `offset` on are known to read as zeros at this moment, 0 to `length`: asked before long READs, whose reply

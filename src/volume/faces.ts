@@ -31,6 +31,10 @@ export class GuestDevice implements BlockDevice {
     return this.volume.readable ? this.#store.direct() : null;
   }
 
+  directWriteTook(us: number): void {
+    this.#store.directWriteTook(us);
+  }
+
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     return this.volume.readable ? this.#store.readNow(offset, length, buffer, at) : Errno.EPERM;
   }

@@ -185,6 +185,11 @@ export class Image {
     return Math.min(done, 0);
   }
 
+  /** As `write`, on a thread. The memory is the image's until then. */
+  async writeLater(buffer: Buffer, at: number, length: number, offset: number): Promise<number> {
+    return Math.min(await native.writeAsync(this.fd, buffer, at, length, offset), 0);
+  }
+
   /** Makes a range read as zeros, on a thread: 0 or a negative errno. */
   zero(offset: number, length: number, keepHole: boolean): Promise<number> {
     return native.zeroRange(this.fd, offset, length, keepHole);

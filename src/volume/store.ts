@@ -6,6 +6,7 @@
  *   What a thread does meanwhile (zero, punch) holds a range lock that writes wait for and fills skip.
  * - A fill writes only blocks that are still missing and not locked when its data is here: a guest's write always wins.
  * - A fill of an older epoch is dropped: its data was fetched before the blocks were dropped, and may be stale.
+ * - A write that a thread has under way holds a range lock as well, over blocks that are here or that it covers whole.
  * - A write that covers whole blocks needs no source. One that covers a missing block in part waits for that block first.
  * - A block that is set present was written whole, or was whole before.
  * - Requests that wait for the same block or lock go on in their order of arrival: a client that lost its connection and sent a
@@ -25,6 +26,7 @@ import { Parking } from './parking.js';
 import { inPieces } from './pieces.js';
 import type { Presence } from './presence.js';
 import { type RangeLock, RangeLocks } from './range-locks.js';
+import { WritePace } from './write-pace.js';
 
 /** Where missing blocks come from; the relocation engine is one. */
 export interface Supplier {
@@ -66,6 +68,7 @@ export class BlockStore {
   #unchanging: (() => void)[] = [];
   readonly #committer: Committer;
   readonly #holes: HoleFinder;
+  readonly #pace = new WritePace();
   readonly #direct: { -readonly [Key in keyof DirectAccess]: DirectAccess[Key] };
 
   supplier: Supplier | null = null;
@@ -120,7 +123,7 @@ export class BlockStore {
     const direct = this.#direct;
     direct.reads = inline !== 'never';
     direct.nowait = inline === 'nowait';
-    direct.writes = this.#gate.kind === 'open' && this.#locks.size === 0;
+    direct.writes = this.#gate.kind === 'open' && this.#locks.size === 0 && !this.#pace.slow;
     direct.present = presence === null || presence.complete ? null : presence.bits;
     return direct;
   }
@@ -179,11 +182,14 @@ export class BlockStore {
     request: IoRequest | null = null,
   ): number {
     if (this.#gate.kind !== 'open') return this.#gate.kind === 'refused' ? this.#gate.errno : LATER;
+    if (this.#pace.slow) return LATER;
     const first = blockAt(offset);
     const end = blocksOf(offset + length);
     if (this.#locks.size > 0 && this.#locks.overlaps(first, end)) return LATER;
     if (this.presence !== null && this.#missingEdge(offset, length) !== NO_BLOCK) return LATER;
+    const since = performance.now();
     const done = this.image.write(buffer, at, length, offset);
+    this.#pace.tookHere(performance.now() - since);
     if (done !== 0) return errnoOfSystem(done);
     if (request !== null) request.changed(offset, length); // first: those who waited for these blocks change them at once
     if (this.presence !== null) this.#arrived(first, end);
@@ -192,8 +198,28 @@ export class BlockStore {
 
   write(request: IoRequest): void {
     if (!this.#mayChange(request, request.offset, request.length, this.#retryWrite)) return;
+    if (this.#pace.slow) {
+      void this.#writeOnThread(request);
+      return;
+    }
     const done = this.writeNow(request.offset, request.length, request.buffer, request.at, request);
     this.#answerChange(request, done);
+  }
+
+  async #writeOnThread(request: IoRequest): Promise<void> {
+    const { offset, length, buffer, at } = request;
+    const lock = this.#locks.lock(blockAt(offset), blocksOf(offset + length));
+    const since = performance.now();
+    const done = await this.image.writeLater(buffer, at, length, offset);
+    this.#pace.tookThere(performance.now() - since);
+    if (done === 0) request.changed(offset, length);
+    this.#unlock(lock, done === 0);
+    this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
+  }
+
+  /** See BlockDevice. */
+  directWriteTook(us: number): void {
+    this.#pace.tookHere(us / 1000);
   }
 
   zero(request: IoRequest): void {

@@ -38,8 +38,9 @@ const AT = 12;
 const END = 13;
 const OUT_FROM = 14;
 const OUT_TO = 15;
-const SLOWEST_WRITE_US = 16;
-const JOB_PLACES = 17;
+const RECEIVED_BYTES = 16;
+const SLOWEST_WRITE_US = 17;
+const JOB_PLACES = 18;
 
 const FORMS: Record<ReplyForm, number> = { simple: 0, structured: 1, extended: 2 };
 const READS = 1;
@@ -52,11 +53,14 @@ const SENT_REPLIES_MAX = 8;
 const DIRECT_WRITE_BYTES_MAX = 128 << 10;
 /** How long a payload that keeps coming may take, before the event loop has its turn. */
 const PAYLOAD_US_MAX = 500;
-/** The event loop has its turn after so long, whatever comes. */
-const TURN_US_MAX = 250;
+/** The event loop has its turn after so long, whatever comes: other sessions wait for it. */
+const TURN_US_MAX = 100;
 /** Polling stops being worth it: longer than to sleep and be woken takes on a slow machine. */
 export const POLL_US_MAX = 50;
 const POLL_US_MIN = 8;
+
+/** So long a batch with WRITEs takes only if the image made it wait. */
+const SLOW_WRITE_US = 2000;
 
 export class Exchange {
   /** Of the input, after a call: [at, end) was received and not carried out. */
@@ -106,18 +110,22 @@ export class Exchange {
     job[END] = end;
     job[OUT_FROM] = 0;
     job[OUT_TO] = 0;
+    job[RECEIVED_BYTES] = 0;
     job[SLOWEST_WRITE_US] = 0;
     if (this.#idleSince !== 0) this.#adapt();
     // To be woken costs little beside a long payload.
     job[SLEEPS] = Number(this.#afterLong);
     job[POLL_US] = receives ? this.#pollUs : -1;
     job[RECEIVE_BYTES_MAX] = this.#afterLong ? this.#headBytes : input.length;
-    const ending = exchange(job, input, output.buffer, direct.present);
+    let ending = exchange(job, input, output.buffer, direct.present);
+    // The others are at work, and our client is not: it is heard of as theirs are.
+    if (ending === Ending.TURN && at === end && job[RECEIVED_BYTES] === 0) ending = Ending.IDLE;
     this.at = job[AT]!;
     this.end = job[END]!;
     output.keep(job[OUT_FROM]!, job[OUT_TO]!);
     if (receives && ending === Ending.IDLE) this.#idleSince = performance.now();
     if (ending !== Ending.OTHER) this.#afterLong = false;
+    if (job[SLOWEST_WRITE_US]! > SLOW_WRITE_US) this.device.directWriteTook?.(job[SLOWEST_WRITE_US]!);
     return ending;
   }
 

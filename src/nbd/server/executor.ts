@@ -51,6 +51,8 @@ export class Executor implements RequestOwner {
   /** Nobody waits for answers any more; `silent`: nothing can be sent either. */
   abandoned = false;
   silent = false;
+  /** The next READ is known to wait for the disk. */
+  cold = false;
 
   readonly extended: boolean;
   /** Zeros at the beginning of a long READ are left out. */
@@ -305,6 +307,7 @@ export class Executor implements RequestOwner {
   }
 
   #readNow(offset: number, length: number, buffer: Buffer, at: number): number {
+    if (this.cold) return LATER;
     this.#reading = true;
     try {
       return this.device.readNow(offset, length, buffer, at);

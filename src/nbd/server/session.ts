@@ -209,7 +209,9 @@ class TransmissionSession implements Session, Sink {
         from = this.#exchange!.at;
         end = this.#exchange!.end;
       }
+      executor.cold = ending === Ending.COLD;
       from = parser.parse(chunk, from, end, ending === Ending.OTHER || ending === Ending.COLD);
+      executor.cold = false;
       filled = receives && from === end && executor.given === given && parser.fill(this.#receive);
       if (filled) from = end = 0;
       this.#output.flush();
