@@ -5,6 +5,7 @@
 
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { stringify } from 'yaml';
 import { BlockferryError } from '../errors.js';
 import { ControlClient } from '../host/control/client.js';
@@ -21,6 +22,8 @@ export const VOLUMES_PEER = 'nbdkit, two processes';
 
 const VOLUMES = ['first', 'second'];
 const DEPTH = 16;
+const OPEN_TIMEOUT_MS = 10_000;
+const POLL_MS = 20;
 
 type VolumesSample = VolumesResult['samples'][string][number];
 
@@ -89,11 +92,7 @@ async function hostPair(images: readonly string[], folder: string): Promise<Pair
   await program.listens({ kind: 'unix', path: control });
   const client = new ControlClient(control);
   try {
-    const status = await client.status();
-    const uris = status.volumes.map((volume) => {
-      if (volume.phase === 'unavailable') throw new BlockferryError('bench', volume.error);
-      return volume.uri[0];
-    });
+    const uris = await urisOf(client);
     return { name: VOLUMES_OURS, uris, stop: () => program.stop() };
   } catch (error) {
     await program.stop();
@@ -101,6 +100,21 @@ async function hostPair(images: readonly string[], folder: string): Promise<Pair
   } finally {
     client.close();
   }
+}
+
+/** The daemon answers before its volumes are open. */
+async function urisOf(client: ControlClient): Promise<string[]> {
+  const deadline = performance.now() + OPEN_TIMEOUT_MS;
+  while (performance.now() < deadline) {
+    const { volumes } = await client.status();
+    const uris = volumes.map((volume) => {
+      if (volume.phase === 'unavailable') throw new BlockferryError('bench', volume.error);
+      return volume.uri[0];
+    });
+    if (uris.length === VOLUMES.length) return uris;
+    await delay(POLL_MS);
+  }
+  throw new BlockferryError('bench', 'the host did not open its volumes');
 }
 
 async function nbdkitPair(images: readonly string[], folder: string): Promise<Pair> {
