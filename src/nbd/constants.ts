@@ -163,6 +163,11 @@ export const HANDSHAKES_MAX = 512;
  * gives its place back. As long as Linux and nbd-server wait: a shorter time would end idle sessions in a short break of the network.
  */
 export const KEEPALIVE_IDLE_MS = 7_200_000;
+/**
+ * Answers the client has not taken, beyond which nothing more is begun for it at first, bytes: what is read far ahead of the socket leaves the
+ * processor's cache before it is sent.
+ */
+export const UNSENT_BYTES_MAX = 1 << 20;
 /** Requests and payload bytes one session may have in flight before we stop reading from it. */
 export const IN_FLIGHT_REQUESTS_MAX = 1024;
 export const IN_FLIGHT_BYTES_MAX = 128 << 20;

@@ -13,6 +13,7 @@ import {
   IN_FLIGHT_BYTES_TOTAL_MAX,
   IN_FLIGHT_REQUESTS_MAX,
   type ReplyForm,
+  UNSENT_BYTES_MAX,
 } from '../constants.js';
 import { type BlockDevice, LATER } from '../device.js';
 import type { Recorder } from '../log/recorder.js';
@@ -28,11 +29,6 @@ import { failureOf } from './validate.js';
 const SHARED_READ_BYTES_MAX = 128 << 10;
 /** Zeros of so many bytes are worth a question to the device, and a chunk of their own. */
 export const HOLE_READ_BYTES_MIN = 64 << 10;
-/**
- * Bytes of answers the client has not taken, beyond which nothing more is begun for it: what is read ahead of a slow client leaves the
- * processor's cache before it is sent.
- */
-const UNSENT_BYTES_MAX = 1 << 20;
 /** Bytes read for one session in one turn, before the other sessions have theirs; a BLOCK_STATUS counts as STATUS_BYTES. */
 const TURN_BYTES_MAX = 4 << 20;
 const STATUS_BYTES = 64 << 10;
@@ -66,6 +62,7 @@ export class Executor implements RequestOwner {
   /** This session's part of `boundBytes`. */
   #countedBytes = 0;
   #turnBytes = 0;
+  #unsentBytesMax = UNSENT_BYTES_MAX;
 
   constructor(
     readonly pool: SlabPool,
@@ -101,6 +98,11 @@ export class Executor implements RequestOwner {
     this.#countedBytes = used;
   }
 
+  /** The client does not read, and may be waiting for us to read what it sends: from now on only IN_FLIGHT_BYTES_MAX bounds its answers. */
+  indulge(): void {
+    this.#unsentBytesMax = IN_FLIGHT_BYTES_MAX;
+  }
+
   beginTurn(): void {
     this.#turnBytes = 0;
   }
@@ -113,7 +115,7 @@ export class Executor implements RequestOwner {
   /** Whether a request that needs `bytes` of memory may begin. */
   admits(bytes: number): boolean {
     if (this.active >= IN_FLIGHT_REQUESTS_MAX || this.turnOver || this.record?.full) return false;
-    if (this.output.bytes > UNSENT_BYTES_MAX) return false;
+    if (this.output.bytes > this.#unsentBytesMax) return false;
     const used = this.usedBytes;
     if (used === 0) return true;
     const ofOthers = boundBytes - this.#countedBytes;
@@ -123,7 +125,7 @@ export class Executor implements RequestOwner {
   /** Half of what the limits allow is free; then any request is admitted. */
   get roomy(): boolean {
     if (this.active > IN_FLIGHT_REQUESTS_MAX / 2 || this.record?.full) return false;
-    if (this.output.bytes > UNSENT_BYTES_MAX / 2) return false;
+    if (this.output.bytes > this.#unsentBytesMax / 2) return false;
     const used = this.usedBytes;
     if (used === 0) return true;
     const ofOthers = boundBytes - this.#countedBytes;

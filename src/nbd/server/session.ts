@@ -264,7 +264,12 @@ class TransmissionSession implements Session, Sink {
 
   readonly #look = (): void => {
     if (this.#held === null) this.#stopLooking();
-    else if (!this.#heldForTurn && this.#reception.peerGone) this.#abandon();
+    else if (this.#heldForTurn) return;
+    else if (this.#reception.peerGone) this.#abandon();
+    else {
+      this.#executor.indulge();
+      this.#turn();
+    }
   };
 
   #stopLooking(): void {
