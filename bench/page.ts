@@ -108,6 +108,7 @@ function head(report: Report): string[] {
       `${range(cells.map(({ seconds }) => seconds))} s, servers in turn within each round; ± half the way from the least to the greatest.`,
     `blockferry ${versions}.`,
     'The load runs on the same machine: compare within a row. "*": the load was the limit. The best peer is the one with the highest rate.',
+    'Images get other memory before each round: on a virtual machine not all of it is equally fast, and a server could win or lose by luck.',
   );
   if (Math.min(...rounds) < ROUNDS_MIN)
     lines.push(`Fewer than ${ROUNDS_MIN} rounds: a first look, no proof.`);

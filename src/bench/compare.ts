@@ -1,7 +1,7 @@
 /**
  * Servers side by side. All of a group (a place for images and a transport) run at once, each with an image of its own and the same content,
  * and idle while another one is loaded; each round loads them in turn (A B C, B C A, ...), cell by cell, so that what else the machine
- * does and how it heats up meets all of them.
+ * does and how it heats up meets all of them. Before each round all images get other memory, which is not equally fast everywhere.
  */
 
 import { mkdirSync, rmSync } from 'node:fs';
@@ -11,7 +11,7 @@ import type { Cell } from './cells.js';
 import { loadOf } from './cells.js';
 import { machineFactsHere } from './facts.js';
 import { runFio } from './fio.js';
-import { dropFromCache, makeImage, settle, withImageFolder } from './images.js';
+import { dropFromCache, makeImage, renewMemory, settle, withImageFolder } from './images.js';
 import { LOAD_DEFAULTS, runLoad } from './load.js';
 import { cpuMsOf, peakBytesOf, resetPeak } from './processes.js';
 import type { Place, RunningServer } from './program.js';
@@ -158,7 +158,9 @@ async function measureGroup(
       samples,
     };
   });
+  const images = contestants.map(({ image }) => image);
   for (let round = 0; round < options.rounds; round++) {
+    await renewMemory(images, options.imageBytes, cells[0].placement, round);
     for (const [index, cell] of cells.entries()) {
       tell(`round ${round + 1} of ${options.rounds}: ${cell.name}`);
       for (let turn = 0; turn < contestants.length; turn++) {

@@ -1,13 +1,14 @@
-/** Images to serve, where they are kept, and whether they are in the page cache. */
+/** Images to serve, where they are kept, whether they are in the page cache, and in which memory. */
 
 import { execFile } from 'node:child_process';
 import { createCipheriv } from 'node:crypto';
 import { mkdtempSync, rmSync } from 'node:fs';
-import { open, statfs } from 'node:fs/promises';
+import { type FileHandle, open, statfs } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { BlockferryError } from '../errors.js';
+import { punchHole, systemError, writeAsync } from '../native/index.js';
 
 /** 'cache': on a disk, and in the page cache; 'cold': on a disk, dropped from the page cache before each load. */
 export type Placement = 'cache' | 'tmpfs' | 'cold';
@@ -72,14 +73,22 @@ async function imageFolder(
   return mkdtempSync(join(parent, 'bf-bench-'));
 }
 
-/** Writes an image of pseudo-random bytes, always the same, and makes it durable. */
-export async function makeImage(path: string, bytes: number): Promise<void> {
+/** What every image holds: pseudo-random bytes, always the same. */
+function* contentOf(bytes: number): Generator<Buffer> {
   const stream = createCipheriv('aes-128-ctr', Buffer.alloc(16, 1), Buffer.alloc(16, 2));
   const zeros = Buffer.alloc(IMAGE_UNIT_BYTES);
+  for (let at = 0; at < bytes; at += IMAGE_UNIT_BYTES) yield stream.update(zeros);
+}
+
+/** Writes an image, and makes it durable. */
+export async function makeImage(path: string, bytes: number): Promise<void> {
   const file = await open(path, 'wx');
   try {
-    for (let at = 0; at < bytes; at += IMAGE_UNIT_BYTES)
-      await file.write(stream.update(zeros), 0, IMAGE_UNIT_BYTES, at);
+    let at = 0;
+    for (const piece of contentOf(bytes)) {
+      await file.write(piece, 0, piece.length, at);
+      at += piece.length;
+    }
     await file.sync();
   } finally {
     await file.close();
@@ -110,5 +119,58 @@ export async function dropFromCache(path: string): Promise<void> {
     if ((await residentShare(path)) <= COLD_SHARE_MAX) return;
     await new Promise((resolve) => setTimeout(resolve, DROP_RETRY_MS));
   }
-  throw new BlockferryError('bench', `${path} stays in the page cache: a cold cache cannot be measured here`);
+  throw new BlockferryError(
+    'bench',
+    `${path} stays in the page cache: nothing on this disk can be measured cold, or given other memory`,
+  );
+}
+
+/**
+ * Gives the images other pages of memory: all give theirs back, then take new ones, piece by piece in turn, beginning with another image
+ * each round. On a virtual machine the pages in which an image lies decide how fast it is read, for as long as it exists, and would let a
+ * server win or lose by luck. Servers have the images open, and must be idle. What was written to an image on tmpfs is gone.
+ */
+export async function renewMemory(
+  images: readonly string[],
+  bytes: number,
+  placement: Placement,
+  round: number,
+): Promise<void> {
+  // Dropped before each load as it is.
+  if (placement === 'cold') return;
+  const files: FileHandle[] = [];
+  try {
+    for (const image of images) files.push(await open(image, 'r+'));
+    if (placement === 'tmpfs') return await writeAnew(files, bytes, round);
+    for (const image of images) await dropFromCache(image);
+    await readAnew(files, bytes, round);
+  } finally {
+    for (const file of files) await file.close();
+  }
+}
+
+async function writeAnew(files: readonly FileHandle[], bytes: number, round: number): Promise<void> {
+  for (const { fd } of files) succeeded('fallocate', await punchHole(fd, 0, bytes));
+  let at = 0;
+  for (const piece of contentOf(bytes)) {
+    for (const { fd } of inTurn(files, round + at / IMAGE_UNIT_BYTES))
+      succeeded('pwrite', await writeAsync(fd, piece, 0, piece.length, at));
+    at += piece.length;
+  }
+}
+
+async function readAnew(files: readonly FileHandle[], bytes: number, round: number): Promise<void> {
+  const piece = Buffer.alloc(IMAGE_UNIT_BYTES);
+  for (let at = 0; at < bytes; at += piece.length)
+    for (const file of inTurn(files, round + at / IMAGE_UNIT_BYTES))
+      await file.read(piece, 0, piece.length, at);
+}
+
+function inTurn<Item>(items: readonly Item[], turn: number): Item[] {
+  const first = turn % items.length;
+  return [...items.slice(first), ...items.slice(0, first)];
+}
+
+function succeeded(syscall: string, result: number): void {
+  if (result < 0) throw systemError(syscall, result);
 }

@@ -16,6 +16,7 @@ describe('docs/benchmarks.md', () => {
   test('has the machine, the servers and their command lines', () => {
     const page = benchmarksPage(reportOf(READ), []);
     assert.match(page, /^A CPU, 2 cores, 16 GiB; Debian, Linux 6\.1; Node\.js 20\.19\.0\.$/m);
+    assert.match(page, /^Images get other memory before each round: /m);
     assert.match(page, /^\| nbdkit file \| 1\.2 \| `nbdkit file DIR\/disk\.img` \|$/m);
   });
 
