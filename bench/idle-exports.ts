@@ -15,7 +15,8 @@ import { DaemonProcess } from '../test/lab/hosts.js';
 const IMAGE_BYTES = 1 << 30;
 /** Of utime and stime: Linux shows programs 100 ticks a second (USER_HZ). */
 const TICKS_PER_SECOND = 100;
-const SETTLE_MS = 3000;
+/** V8 collects what start-up and handshakes left when nothing has happened for some seconds. */
+const SETTLE_MS = 20_000;
 
 interface Cost {
   ussKib: number;
