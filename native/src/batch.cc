@@ -31,6 +31,8 @@ constexpr size_t kDataHeadBytes[] = {16, 20 + 8, 32 + 8};
 constexpr size_t kDoneBytes[] = {16, 16, 32};
 
 constexpr uint64_t kBlockBits = 12;
+// Many times what it takes to copy the longest WRITE of ours.
+constexpr int64_t kHeldUpNs = 4 * 1000 * 1000;
 
 struct Request {
   uint16_t flags;
@@ -128,7 +130,7 @@ Batch execute(const Target& target, Form form, const uint8_t* in, size_t inBytes
     const uint8_t* head = in + batch.consumed;
     const size_t left = inBytes - batch.consumed;
     if (left < headBytes) return stopped(Stop::kPartial);
-    if (replies == repliesMax) return stopped(Stop::kFull);
+    if (repliesMax > 0 && replies == repliesMax) return stopped(Stop::kFull);
     if (raw<uint32_t>(head) != magic) return stopped(Stop::kOther);
     const Request request = parse(head, extended);
     if (!isOurs(target, form, request)) return stopped(Stop::kOther);
@@ -146,10 +148,12 @@ Batch execute(const Target& target, Form form, const uint8_t* in, size_t inBytes
     } else {
       if (left - headBytes < request.length) return stopped(Stop::kPartial);
       if (doneBytes > room) return stopped(Stop::kFull);
+      const int64_t since = nowNs();
       if (writeAll(target.fd, head + headBytes, request.length, request.offset) < 0) return stopped(Stop::kOther);
       putDone(reply, form, request);
       batch.consumed += headBytes + request.length;
       batch.produced += doneBytes;
+      if (nowNs() - since > kHeldUpNs) return stopped(Stop::kHeldUp);
     }
   }
   return batch;

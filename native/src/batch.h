@@ -35,6 +35,7 @@ enum class Stop : uint32_t {
   kFull,     // no room for the next reply, or enough of them
   kOther,    // the next request is not ours
   kCold,     // the next request is a READ of bytes that are not in the page cache
+  kHeldUp,   // the kernel made the last WRITE wait
 };
 
 struct Batch {
@@ -44,7 +45,7 @@ struct Batch {
   size_t writeBytes;  // of the last request that was looked at, header and payload, if it is a WRITE of ours; else 0
 };
 
-// Stops with kFull once there are `repliesMax` of them.
+// Stops with kFull once there are `repliesMax` of them; 0: as many as there is room for.
 Batch execute(const Target& target, Form form, const uint8_t* in, size_t inBytes, uint8_t* out, size_t outBytes,
               size_t repliesMax);
 

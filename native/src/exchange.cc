@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <ctime>
 #include <iterator>
 
 #include "system.h"
@@ -20,14 +19,14 @@ constexpr size_t kMovedBytesMax = 32 << 10;
 // What else the loop has to do ends the sleep, but for its timers.
 constexpr int kSleepMs = 1;
 
+// The loop's timers are not looked at during a call: it has its turn after this time even if nothing else is known to wait for it.
+constexpr int64_t kAloneNs = 5 * 1000 * 1000;
+
+// Of answers, in one call.
+constexpr uint64_t kAnsweredBytesMax = 4 << 20;
+
 // Longer between two looks while polling: another program had the processor, and wants it again.
 constexpr int64_t kPreemptedNs = 100 * 1000;
-
-int64_t nowNs() {
-  timespec time;
-  ::clock_gettime(CLOCK_MONOTONIC, &time);
-  return int64_t{time.tv_sec} * 1000000000 + time.tv_nsec;
-}
 
 int64_t nsOf(double us) { return static_cast<int64_t>(us * 1000); }
 
@@ -125,30 +124,30 @@ Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, 
     return ending;
   };
   size_t writeBytes = 0;
-  int64_t before = nowNs();
-  const int64_t deadline = before + nsOf(job.turnUs);
+  auto receiveBytesMax = static_cast<size_t>(job.receiveBytesMax);
+  uint64_t answeredBytes = 0;
+  int64_t deadline = nowNs() + nsOf(job.turnUs);
+  const int64_t last = deadline + kAloneNs;
   for (;;) {
     Stop stop = Stop::kEmpty;
-    auto repliesMax = static_cast<size_t>(job.repliesMax);
+    auto repliesMax = socket < 0 ? 0 : static_cast<size_t>(job.repliesMax);
     while (at < end) {
       const auto outTo = static_cast<size_t>(job.outTo);
       const Batch batch = execute(target, form, in + at, end - at, out + outTo, outBytes - outTo, repliesMax);
-      repliesMax = 2 * static_cast<size_t>(job.repliesMax);
+      if (repliesMax > 0) repliesMax = 2 * static_cast<size_t>(job.repliesMax);
       at += batch.consumed;
       job.outTo += static_cast<double>(batch.produced);
+      answeredBytes += batch.produced;
       stop = batch.stop;
       writeBytes = batch.writeBytes;
-      if (target.writes && batch.consumed > 0) {
-        const int64_t now = nowNs();
-        job.slowestWriteUs = std::max(job.slowestWriteUs, static_cast<double>(now - before) / 1000);
-        before = now;
-      }
       if (socket >= 0 ? !sendAnswers(job, out) : stop == Stop::kFull) return ended(Ending::kUnsent);
       if (stop != Stop::kFull) break;
       if (batch.consumed == 0 && outTo == 0) return ended(Ending::kOther);  // a reply that no output holds
+      if (answeredBytes > kAnsweredBytesMax) return ended(Ending::kTurn);
     }
     if (stop == Stop::kOther) return ended(Ending::kOther);
     if (stop == Stop::kCold) return ended(Ending::kCold);
+    if (stop == Stop::kHeldUp) return ended(Ending::kHeldUp);
     if (socket < 0 || job.pollUs < 0) return ended(Ending::kIdle);
     // What is left begins a request, whose rest belongs behind it.
     if (at > 0) {
@@ -157,8 +156,12 @@ Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, 
       at = 0;
     }
     if (end == inBytes) return ended(Ending::kOther);  // a request that no input holds
-    if (nowNs() >= deadline) return ended(Ending::kTurn);
-    const size_t room = std::min(receiveRoom(end, inBytes, writeBytes), static_cast<size_t>(job.receiveBytesMax));
+    if (const int64_t now = nowNs(); now >= deadline) {
+      if (now >= last || hasWork(loop)) return ended(Ending::kTurn);
+      deadline = now + nsOf(job.turnUs);
+    }
+    const size_t room = std::min(receiveRoom(end, inBytes, writeBytes), receiveBytesMax);
+    receiveBytesMax = inBytes;
     const int64_t got = job.sleeps != 0 ? receiveSleeping(loop, socket, in + end, room)
                                         : receivePolling(loop, socket, in + end, room, nsOf(job.pollUs));
     if (got == -EAGAIN) return ended(Ending::kIdle);
@@ -166,7 +169,6 @@ Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, 
     if (got <= 0) return ended(Ending::kClosed);
     end += static_cast<size_t>(got);
     job.receivedBytes += static_cast<double>(got);
-    before = target.writes ? nowNs() : before;
   }
 }
 

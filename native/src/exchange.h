@@ -19,10 +19,11 @@ namespace blockferry {
 // what was answered and not sent.
 enum class Ending : uint32_t {
   kIdle,    // nothing more has come; polling did not help. What is left is less than a request
-  kTurn,    // the time is up, or the event loop has other work: to be called again behind that
+  kTurn,    // the event loop has other work, or should look for it: to be called again behind that
   kOther,   // the session must see to the request at `at`
   kCold,    // likewise: a READ that waits for the disk
   kUnsent,  // the socket does not take more answers, or there is none, and no room
+  kHeldUp,  // the kernel made a WRITE wait, which was answered: the next ones are better made elsewhere
   kClosed,  // the other end sends no more, or the connection is broken: the socket's stream will find out
 };
 
@@ -37,16 +38,15 @@ struct ExchangeJob {
   double readBytesMax;
   double writeBytesMax;
   double repliesMax;     // answers are sent when there are so many, 1 at least; of the same input, then twice as many
-  double receiveBytesMax; // received at once, 1 at least
+  double receiveBytesMax; // received by the first receive, 1 at least
   double pollUs;         // polls for so long before it gives up; -1: nothing is received
   double sleeps;         // 1: sleeps for up to a millisecond instead of polling, as for a payload
-  double turnUs;         // and returns at the latest behind the answers that this time sees
+  double turnUs;         // so often it asks whether the event loop has other work
   // What it is given and gives back.
   double at, end;        // of the input
   double outFrom, outTo; // of the output
   // What it gives back.
   double receivedBytes;
-  double slowestWriteUs; // the longest time that requests with WRITEs among them took, carried out together
 };
 
 // Receives `length` bytes that are on their way -> how many came: fewer when nothing more came for a millisecond, when the loop has other

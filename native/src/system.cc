@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <climits>
+#include <ctime>
 
 namespace blockferry {
 namespace {
@@ -101,6 +102,12 @@ int64_t seekKind(int fd, uint64_t offset, int whence) {
 }
 
 }  // namespace
+
+int64_t nowNs() {
+  timespec time;
+  ::clock_gettime(CLOCK_MONOTONIC, &time);
+  return int64_t{time.tv_sec} * 1000000000 + time.tv_nsec;
+}
 
 int64_t readSome(int fd, uint8_t* data, size_t length, uint64_t offset, bool nowait) {
   length = std::min(length, kTransferBytesMax);

@@ -8,6 +8,9 @@
 
 namespace blockferry {
 
+// Of a clock that only goes on.
+int64_t nowNs();
+
 // One pread; may be short, 0 at the end of the file. With nowait only what needs no waiting (RWF_NOWAIT),
 // else -EAGAIN; -EOPNOTSUPP where the file system does not know how.
 int64_t readSome(int fd, uint8_t* data, size_t length, uint64_t offset, bool nowait);

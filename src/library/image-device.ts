@@ -47,8 +47,8 @@ export class ImageDevice implements BlockDevice {
     return this.#closing === null ? this.#store.direct() : null;
   }
 
-  directWriteTook(us: number): void {
-    this.#store.directWriteTook(us);
+  directWriteHeldUp(): void {
+    this.#store.directWriteHeldUp();
   }
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {

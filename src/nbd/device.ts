@@ -47,7 +47,7 @@ export interface StatusRequest extends IoRequest {
 
 /**
  * Where a device's bytes lie, for requests that need nothing but them: a session may carry those out without asking the device, as if it had
- * asked `readNow` or `writeNow`.
+ * asked `readNow` or `writeNow`, which then never hear of them.
  */
 export interface DirectAccess {
   /** Of a file or block device that begins with the device's first byte. */
@@ -82,8 +82,8 @@ export interface BlockDevice {
 
   /** What may be touched at this moment; null: nothing. It holds until this thread does anything else, and is not kept. */
   direct?(): DirectAccess | null;
-  /** Told when writes made that way, a few of them together, took remarkably long: `us` microseconds. */
-  directWriteTook?(us: number): void;
+  /** Told when the kernel made such a write wait: `direct` may forbid the next ones. */
+  directWriteHeldUp?(): void;
   readNow(offset: number, length: number, buffer: Buffer, at: number): number;
   /**
    * How many bytes from `offset` on are known to read as zeros at this moment, 0 to `length`: asked before long READs, whose reply

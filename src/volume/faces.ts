@@ -31,8 +31,8 @@ export class GuestDevice implements BlockDevice {
     return this.volume.readable ? this.#store.direct() : null;
   }
 
-  directWriteTook(us: number): void {
-    this.#store.directWriteTook(us);
+  directWriteHeldUp(): void {
+    this.#store.directWriteHeldUp();
   }
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {

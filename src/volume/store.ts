@@ -189,7 +189,7 @@ export class BlockStore {
     if (this.presence !== null && this.#missingEdge(offset, length) !== NO_BLOCK) return LATER;
     const since = performance.now();
     const done = this.image.write(buffer, at, length, offset);
-    this.#pace.tookHere(performance.now() - since);
+    this.#pace.tookHere(length, performance.now() - since);
     if (done !== 0) return errnoOfSystem(done);
     if (request !== null) request.changed(offset, length); // first: those who waited for these blocks change them at once
     if (this.presence !== null) this.#arrived(first, end);
@@ -209,17 +209,18 @@ export class BlockStore {
   async #writeOnThread(request: IoRequest): Promise<void> {
     const { offset, length, buffer, at } = request;
     const lock = this.#locks.lock(blockAt(offset), blocksOf(offset + length));
+    this.#pace.begun(length);
     const since = performance.now();
     const done = await this.image.writeLater(buffer, at, length, offset);
-    this.#pace.tookThere(performance.now() - since);
+    this.#pace.tookThere(length, performance.now() - since);
     if (done === 0) request.changed(offset, length);
     this.#unlock(lock, done === 0);
     this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
   }
 
   /** See BlockDevice. */
-  directWriteTook(us: number): void {
-    this.#pace.tookHere(us / 1000);
+  directWriteHeldUp(): void {
+    this.#pace.heldUp();
   }
 
   zero(request: IoRequest): void {

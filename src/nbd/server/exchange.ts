@@ -15,11 +15,12 @@
 
 import { exchange, receivePayload } from '../../native/index.js';
 import { EXTENDED_REQUEST_HEADER_BYTES, REQUEST_HEADER_BYTES, type ReplyForm } from '../constants.js';
-import type { BlockDevice } from '../device.js';
+import type { BlockDevice, DirectAccess } from '../device.js';
+import type { Executor } from './executor.js';
 import type { Output } from './output.js';
 
 /** Why the native call ended, as native/src/exchange.h has it. */
-export const Ending = { IDLE: 0, TURN: 1, OTHER: 2, COLD: 3, UNSENT: 4, CLOSED: 5 } as const;
+export const Ending = { IDLE: 0, TURN: 1, OTHER: 2, COLD: 3, UNSENT: 4, HELD_UP: 5, CLOSED: 6 } as const;
 
 /** Places of the job, as native/src/exchange.h has them. */
 const SOCKET = 0;
@@ -39,8 +40,7 @@ const END = 13;
 const OUT_FROM = 14;
 const OUT_TO = 15;
 const RECEIVED_BYTES = 16;
-const SLOWEST_WRITE_US = 17;
-const JOB_PLACES = 18;
+const JOB_PLACES = 17;
 
 const FORMS: Record<ReplyForm, number> = { simple: 0, structured: 1, extended: 2 };
 const READS = 1;
@@ -53,39 +53,39 @@ const SENT_REPLIES_MAX = 8;
 const DIRECT_WRITE_BYTES_MAX = 128 << 10;
 /** How long a payload that keeps coming may take, before the event loop has its turn. */
 const PAYLOAD_US_MAX = 500;
-/** The event loop has its turn after so long, whatever comes: other sessions wait for it. */
+/** The event loop has its turn after so long, if it has other work: other sessions wait for it. */
 const TURN_US_MAX = 100;
 /** Polling stops being worth it: longer than to sleep and be woken takes on a slow machine. */
 export const POLL_US_MAX = 50;
 const POLL_US_MIN = 8;
-
-/** So long a batch with WRITEs takes only if the image made it wait. */
-const SLOW_WRITE_US = 2000;
 
 export class Exchange {
   /** Of the input, after a call: [at, end) was received and not carried out. */
   at = 0;
   end = 0;
   #pollUs = 0;
+  /** As long it had polled when it gave up. */
+  #polledUs = 0;
   #afterLong = false;
+  /** The device threw: it is asked no more. */
+  #broken = false;
   /** When it last gave up polling, or did not begin; 0: it has been called since. Milliseconds. */
   #idleSince = 0;
   readonly #headBytes: number;
   readonly #job = new Float64Array(JOB_PLACES);
 
-  /** `readBytesMax`: longer READs are the session's. */
   constructor(
     private readonly device: BlockDevice,
     private readonly output: Output,
     form: ReplyForm,
     readOnly: boolean,
-    readBytesMax: number,
+    private readonly executor: Executor,
   ) {
     this.#headBytes = form === 'extended' ? EXTENDED_REQUEST_HEADER_BYTES : REQUEST_HEADER_BYTES;
     const job = this.#job;
     job[IMAGE_BYTES] = device.size;
     job[FORM] = FORMS[form];
-    job[READ_BYTES_MAX] = readBytesMax;
+    job[READ_BYTES_MAX] = executor.directReadBytesMax;
     job[WRITE_BYTES_MAX] = readOnly ? 0 : DIRECT_WRITE_BYTES_MAX;
     job[REPLIES_MAX] = SENT_REPLIES_MAX;
     job[TURN_US] = TURN_US_MAX;
@@ -98,12 +98,21 @@ export class Exchange {
   run(input: Buffer, at: number, end: number, receives: boolean): number | null {
     this.at = at;
     this.end = end;
-    const { output } = this;
-    const direct = output.idle ? this.device.direct!() : null;
-    if (direct === null) return null;
-    const socket = output.directDescriptor;
+    if (this.#broken || !this.output.idle) return null;
+    try {
+      const direct = this.device.direct!();
+      return direct === null ? null : this.#runOn(direct, input, receives);
+    } catch (error) {
+      this.#broken = true;
+      this.executor.fault(error);
+      return null;
+    }
+  }
+
+  #runOn(direct: DirectAccess, input: Buffer, receives: boolean): number {
+    const { at, end, output } = this;
     const job = this.#job;
-    job[SOCKET] = socket;
+    job[SOCKET] = output.directDescriptor;
     job[IMAGE] = direct.fd;
     job[ACCESS] = (direct.reads ? READS : 0) | (direct.writes ? WRITES : 0) | (direct.nowait ? NOWAIT : 0);
     job[AT] = at;
@@ -111,22 +120,24 @@ export class Exchange {
     job[OUT_FROM] = 0;
     job[OUT_TO] = 0;
     job[RECEIVED_BYTES] = 0;
-    job[SLOWEST_WRITE_US] = 0;
     if (this.#idleSince !== 0) this.#adapt();
     // To be woken costs little beside a long payload.
     job[SLEEPS] = Number(this.#afterLong);
     job[POLL_US] = receives ? this.#pollUs : -1;
     job[RECEIVE_BYTES_MAX] = this.#afterLong ? this.#headBytes : input.length;
-    let ending = exchange(job, input, output.buffer, direct.present);
-    // The others are at work, and our client is not: it is heard of as theirs are.
-    if (ending === Ending.TURN && at === end && job[RECEIVED_BYTES] === 0) ending = Ending.IDLE;
+    const ending = exchange(job, input, output.buffer, direct.present);
     this.at = job[AT]!;
     this.end = job[END]!;
     output.keep(job[OUT_FROM]!, job[OUT_TO]!);
-    if (receives && ending === Ending.IDLE) this.#idleSince = performance.now();
     if (ending !== Ending.OTHER) this.#afterLong = false;
-    if (job[SLOWEST_WRITE_US]! > SLOW_WRITE_US) this.device.directWriteTook?.(job[SLOWEST_WRITE_US]!);
-    return ending;
+    if (ending === Ending.HELD_UP) this.device.directWriteHeldUp?.();
+    if (!receives || (ending !== Ending.IDLE && ending !== Ending.TURN)) return ending;
+    // The others are at work, and our client is not: it is heard of as theirs are.
+    const yielded = ending === Ending.TURN && at === end && job[RECEIVED_BYTES] === 0;
+    if (ending === Ending.TURN && !yielded) return ending;
+    this.#idleSince = performance.now();
+    this.#polledUs = yielded ? 0 : this.#pollUs;
+    return Ending.IDLE;
   }
 
   /** Receives what has come, and what comes in time, of a payload that is missing `length` bytes -> how many bytes came. */
@@ -139,7 +150,7 @@ export class Exchange {
 
   /** As KVM's halt polling: it grows while what it would have waited for comes in time, and shrinks when it does not. */
   #adapt(): void {
-    const waitedUs = (performance.now() - this.#idleSince) * 1000 + this.#pollUs;
+    const waitedUs = (performance.now() - this.#idleSince) * 1000 + this.#polledUs;
     this.#idleSince = 0;
     if (waitedUs > POLL_US_MAX) this.#pollUs = this.#pollUs > POLL_US_MIN ? this.#pollUs >> 1 : 0;
     else this.#pollUs = Math.min(Math.max(this.#pollUs * 2, POLL_US_MIN * 2), POLL_US_MAX);

@@ -98,13 +98,19 @@ export class Executor implements RequestOwner {
     this.#countedBytes = used;
   }
 
-  /** The client does not read, and may be waiting for us to read what it sends: from now on only IN_FLIGHT_BYTES_MAX bounds its answers. */
+  /** The client may be waiting for us to read what it sent: until it has taken all answers, only IN_FLIGHT_BYTES_MAX bounds them. */
   indulge(): void {
     this.#unsentBytesMax = IN_FLIGHT_BYTES_MAX;
   }
 
+  /** It has more room than UNSENT_BYTES_MAX leaves it. */
+  get heldBack(): boolean {
+    return this.output.bytes > this.#unsentBytesMax && this.#unsentBytesMax < IN_FLIGHT_BYTES_MAX;
+  }
+
   beginTurn(): void {
     this.#turnBytes = 0;
+    if (this.output.bytes === 0) this.#unsentBytesMax = UNSENT_BYTES_MAX;
   }
 
   /** It is the other sessions' turn. */
@@ -171,7 +177,7 @@ export class Executor implements RequestOwner {
     try {
       return this.device.zeroesNow!(offset, length);
     } catch (error) {
-      this.#fault(error);
+      this.fault(error);
       return 0;
     }
   }
@@ -286,7 +292,7 @@ export class Executor implements RequestOwner {
   }
 
   completedTwice(): void {
-    this.#fault(new Error('the device completed a request twice'));
+    this.fault(new Error('the device completed a request twice'));
   }
 
   #statusDone(request: Request, errno: number): void {
@@ -314,7 +320,7 @@ export class Executor implements RequestOwner {
     try {
       return this.device.readNow(offset, length, buffer, at);
     } catch (error) {
-      this.#fault(error);
+      this.fault(error);
       return Errno.EIO;
     } finally {
       this.#reading = false;
@@ -327,7 +333,7 @@ export class Executor implements RequestOwner {
     try {
       return this.device.writeNow(head.offset, head.length, payload, at);
     } catch (error) {
-      this.#fault(error);
+      this.fault(error);
       return Errno.EIO;
     }
   }
@@ -338,7 +344,7 @@ export class Executor implements RequestOwner {
     try {
       errno = this.device.writeNow(head.offset, head.length, payload, at);
     } catch (error) {
-      this.#fault(error);
+      this.fault(error);
     }
     if (errno === Errno.OK) record.wrote();
     else record.takeBackWrite();
@@ -372,7 +378,7 @@ export class Executor implements RequestOwner {
       else if (request.command === Command.WRITE_ZEROES) device.zero(request);
       else device.cache(request);
     } catch (error) {
-      this.#fault(error);
+      this.fault(error);
       if (!request.withDevice) return;
       request.poisoned = true;
       request.slab = null;
@@ -380,7 +386,8 @@ export class Executor implements RequestOwner {
     }
   }
 
-  #fault(error: unknown): void {
+  /** The device threw. */
+  fault(error: unknown): void {
     if (this.#faultLogged) return;
     this.#faultLogged = true;
     this.log.error({ err: error }, 'a device misbehaved; its requests fail with EIO. This is a bug of ours');

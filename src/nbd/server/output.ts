@@ -113,6 +113,11 @@ export class Output {
     return this.bytes === 0 && this.#at === 0 && this.#stream !== null && !this.#broken;
   }
 
+  /** Grows as batches are taken by the socket. */
+  get settled(): number {
+    return this.#settled;
+  }
+
   /** The descriptor to send to straight away; -1 if everything has to go through the stream. */
   get directDescriptor(): number {
     const stream = this.#stream;

@@ -12,6 +12,8 @@ import type { Replies } from './replies.js';
 import { HEAD_ROOM, type Slab } from './slab.js';
 import { type Refusal, type Rules, SHUTTING_DOWN, WRONG_FILTER } from './validate.js';
 
+const CHANGES: ReadonlySet<number> = new Set([Command.WRITE, Command.TRIM, Command.WRITE_ZEROES]);
+
 /** What comes next. */
 const HEADER = 0;
 /** A header was taken; its request waits to be begun. */
@@ -41,6 +43,7 @@ export class RequestParser {
   #filter: Buffer | null = null;
   #refusal: Refusal | null = null;
   #draining = false;
+  #changing = true;
 
   constructor(
     private readonly rules: Rules,
@@ -109,6 +112,11 @@ export class RequestParser {
     this.drop();
     this.#refusal = SHUTTING_DOWN;
     this.#state = SKIP;
+  }
+
+  /** From now on requests that change the device get ESHUTDOWN. */
+  refuseChanges(): void {
+    this.#changing = false;
   }
 
   /** Gives back the memory of an incomplete WRITE. */
@@ -191,8 +199,8 @@ export class RequestParser {
   }
 
   #refusalOf(length: number): Refusal | null {
-    if (this.#draining) return SHUTTING_DOWN;
     const head = this.#head;
+    if (this.#draining || (!this.#changing && CHANGES.has(head.command))) return SHUTTING_DOWN;
     return this.rules.refusalOf(head.command, head.flags, head.offset, length);
   }
 

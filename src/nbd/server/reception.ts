@@ -93,6 +93,7 @@ export class Reception {
   }
 
   #takeOver(socket: net.Socket): void {
+    const unix = socket.remoteAddress === undefined; // of a socket that was detached nobody knows
     let taken: { fd: number; read: Buffer[] };
     try {
       taken = detach(socket);
@@ -100,7 +101,7 @@ export class Reception {
       this.#openPlain(); // out of descriptors: slower, but served
       return;
     }
-    if (socket.remoteAddress === undefined) sendBuffer(taken.fd, SEND_BUFFER_BYTES); // not vital
+    if (unix) sendBuffer(taken.fd, SEND_BUFFER_BYTES); // not vital
     socket.off('close', this.#onClose);
     const { sink } = this;
     this.buffer = Buffer.allocUnsafeSlow(RECEIVE_BUFFER_BYTES);

@@ -35,6 +35,8 @@ import { Rules } from './validate.js';
 export const FLUSH_TIMEOUT_MS = 30_000;
 /** A stalled session, which reads nothing, looks so often whether its client is still there. */
 export const STALLED_LOOK_MS = 1_000;
+/** For so long a session receives around its stream, whatever comes, before the loop has its turn. */
+const RECEIVING_MS_MAX = 1;
 /** How long the client may take to close behind our end. */
 export const LINGER_TIMEOUT_MS = 1_000;
 
@@ -86,8 +88,13 @@ class TransmissionSession implements Session, Sink {
   #held: Buffer | null = null;
   #heldAt = 0;
   #heldEnd = 0;
-  /** It waits for nothing but the other sessions' turn. */
+  /** It waits for nothing but the other sessions' turn; or for the client to take answers, though there would be room for more. */
   #heldForTurn = false;
+  #heldBack = false;
+  /** The client ended its side meanwhile. */
+  #lastWords = false;
+  /** How far the client had come when it was looked at last. */
+  #settledAtLook = -1;
   /** Runs while there is one, and a little longer. */
   #stalledLook: NodeJS.Timeout | null = null;
 
@@ -120,7 +127,7 @@ class TransmissionSession implements Session, Sink {
     this.#exchange =
       device.direct === undefined || this.#record !== null
         ? null
-        : new Exchange(device, output, form, readOnly, this.#executor.directReadBytesMax);
+        : new Exchange(device, output, form, readOnly, this.#executor);
     this.#parser = new RequestParser(rules, this.#executor, replies, contexts, form === 'extended');
     this.#reception = new Reception(socket, rest, this);
     this.#reception.start();
@@ -158,7 +165,8 @@ class TransmissionSession implements Session, Sink {
   onEnd(): void {
     this.#clientEnded = true;
     // What came before the end has not had its turn yet.
-    if (this.#held === null || !this.#heldForTurn) this.#ended();
+    if (this.#held !== null && this.#heldBack) this.#hearLastWords();
+    else if (this.#held === null || !this.#heldForTurn) this.#ended();
   }
 
   #ended(): void {
@@ -198,13 +206,14 @@ class TransmissionSession implements Session, Sink {
     this.#consuming = true;
     executor.beginTurn();
     const { given } = executor;
+    const deadline = receives ? performance.now() + RECEIVING_MS_MAX : 0;
     let from = at;
     let end = last;
-    let ending: number | null;
+    let goesOn = receives;
+    let turn = false;
     let filled: boolean;
     do {
-      // What the device was given may have work due at the end of this turn: it must not wait for more to come.
-      ending = this.#exchanged(chunk, from, end, receives && executor.given === given);
+      const ending = this.#exchanged(chunk, from, end, goesOn);
       if (ending !== null) {
         from = this.#exchange!.at;
         end = this.#exchange!.end;
@@ -212,14 +221,17 @@ class TransmissionSession implements Session, Sink {
       executor.cold = ending === Ending.COLD;
       from = parser.parse(chunk, from, end, ending === Ending.OTHER || ending === Ending.COLD);
       executor.cold = false;
-      filled = receives && from === end && executor.given === given && parser.fill(this.#receive);
-      if (filled) from = end = 0;
       this.#output.flush();
-    } while (
-      parser.over === null &&
-      (parser.stalled ? executor.roomy && !executor.turnOver : filled || from < end)
-    );
-    if (ending === Ending.TURN) this.#exchangeSoon();
+      turn ||= ending === Ending.TURN || (goesOn && performance.now() >= deadline);
+      // What the device was given may have work due at the end of this turn: it must not wait for more to come.
+      goesOn &&= !turn && executor.given === given;
+      filled = goesOn && from === end && parser.fill(this.#receive);
+      if (filled) {
+        from = end = 0;
+        this.#output.flush();
+      }
+    } while (parser.over === null && (parser.stalled ? this.#mayGoOn() : filled || from < end));
+    if (turn) this.#exchangeSoon();
     this.#consuming = false;
     this.#heldForTurn = executor.turnOver && executor.roomy;
     if (parser.stalled && executor.turnOver) this.#schedule();
@@ -231,6 +243,7 @@ class TransmissionSession implements Session, Sink {
       return true;
     }
     if (parser.over === 'disconnected' && this.#phase === 'open') this.#phase = 'finishing';
+    this.#heldBack = parser.stalled && executor.heldBack;
     this.#held = parser.stalled ? chunk : null;
     this.#heldAt = from;
     this.#heldEnd = end;
@@ -239,9 +252,21 @@ class TransmissionSession implements Session, Sink {
     return this.#held === null;
   }
 
+  /** A request that was not admitted may be now. */
+  #mayGoOn(): boolean {
+    const executor = this.#executor;
+    if (executor.turnOver) return false;
+    if (executor.roomy) return true;
+    // The client sends no more, and may wait for the end of our answers: what it has sent is begun, as far as memory allows.
+    if (!executor.heldBack || !this.#reception.peerGone) return false;
+    executor.indulge();
+    return true;
+  }
+
   /** What `Exchange.run` answers, if it may run. */
   #exchanged(chunk: Buffer, at: number, end: number, receives: boolean): number | null {
-    if (this.#exchange === null || this.#phase !== 'open' || !this.#parser.between) return null;
+    if (this.#exchange === null || this.#phase !== 'open' || this.#lastWords || !this.#parser.between)
+      return null;
     return this.#exchange.run(chunk, at, end, receives);
   }
 
@@ -265,7 +290,8 @@ class TransmissionSession implements Session, Sink {
   readonly #look = (): void => {
     if (this.#held === null) this.#stopLooking();
     else if (this.#heldForTurn) return;
-    else if (this.#reception.peerGone) this.#abandon();
+    else if (this.#reception.peerGone) this.#clientGone();
+    else if (this.#output.settled !== this.#settledAtLook) this.#settledAtLook = this.#output.settled;
     else {
       this.#executor.indulge();
       this.#turn();
@@ -292,9 +318,7 @@ class TransmissionSession implements Session, Sink {
     this.#scheduled = false;
     this.#output.flush(); // before the question for room: what the kernel takes at once nobody tells of again
     if (this.#held !== null && this.#executor.roomy) {
-      // A client that hung up meanwhile may be back on another connection, and have sent these requests again there, and
-      // others after them: none of what was not begun may be carried out on top.
-      if (!this.#heldForTurn && this.#reception.peerGone) this.#abandon();
+      if (!this.#heldForTurn && !this.#lastWords && this.#reception.peerGone) this.#clientGone();
       else if (this.#consume(this.#held, this.#heldAt, this.#heldEnd, false)) {
         this.#reception.resume();
         if (this.#clientEnded) this.#ended();
@@ -303,6 +327,23 @@ class TransmissionSession implements Session, Sink {
     }
     this.#advance();
   };
+
+  /**
+   * A client that hung up while its requests were held may be back on another connection, and have sent them again there, and others after
+   * them: none of what was not begun may be carried out on top.
+   */
+  #clientGone(): void {
+    if (this.#heldBack) this.#hearLastWords();
+    else this.#abandon();
+  }
+
+  /** It may still read, and would have had its answers, were they not more than is read ahead: it gets them, but changes nothing any more. */
+  #hearLastWords(): void {
+    this.#lastWords = true;
+    this.#parser.refuseChanges();
+    this.#executor.indulge();
+    this.#turn();
+  }
 
   /** Nobody waits for what is in flight. Answers that are there already are still sent. */
   #abandon(): void {
