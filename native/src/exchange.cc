@@ -16,6 +16,9 @@ namespace {
 // Of WRITEs as long as this it is worth to receive no more than whole ones: what came of the next one would have to be moved.
 constexpr size_t kMovedBytesMax = 32 << 10;
 
+// Who sends a long payload is at work: more of it is likely to come at once.
+constexpr int64_t kPollBeforeSleepNs = 30 * 1000;
+
 // What else the loop has to do ends the sleep, but for its timers.
 constexpr int kSleepMs = 1;
 
@@ -32,10 +35,20 @@ int64_t nsOf(double us) { return static_cast<int64_t>(us * 1000); }
 
 // Whether the loop would find something to do.
 bool hasWork(uv_loop_t* loop) {
-  pollfd state = {};
-  state.fd = uv_backend_fd(loop);
-  state.events = POLLIN;
+  pollfd state = {uv_backend_fd(loop), POLLIN, 0};
   return ::poll(&state, 1, 0) != 0;
+}
+
+// Whether callbacks are due that nothing has to come for.
+bool isDue(uv_loop_t* loop) { return uv_backend_timeout(loop) == 0; }
+
+enum class Work { kNone, kMaybeOurs, kOthers };
+
+// Likewise, and whether it is known not to be what our own socket has received.
+Work workOf(uv_loop_t* loop, int socket) {
+  pollfd states[] = {{uv_backend_fd(loop), POLLIN, 0}, {socket, POLLIN, 0}};
+  if (::poll(states, std::size(states), 0) < 0 || states[0].revents == 0) return Work::kNone;
+  return states[1].revents == 0 ? Work::kOthers : Work::kMaybeOurs;
 }
 
 // How much to receive behind `end` bytes in a buffer of `capacity`: as much as fits, or WRITEs of `writeBytes` like the last one.
@@ -44,12 +57,12 @@ size_t receiveRoom(size_t end, size_t capacity, size_t writeBytes) {
   return (whole > end ? whole : capacity) - end;
 }
 
-// Receives when there is something within the time -> bytes; 0: closed; -EAGAIN: nothing came; -EBUSY: the loop has other work.
+// Receives when there is something within the time -> bytes; 0: closed; -EAGAIN: nothing came; -EBUSY: something came for others;
+// -EINPROGRESS: callbacks are due.
 int64_t receivePolling(uv_loop_t* loop, int socket, uint8_t* data, size_t length, int64_t pollNs) {
   int64_t got = receiveSome(socket, data, length);
   if (got != -EAGAIN || pollNs <= 0) return got;
-  // Callbacks that are due now: it would not wait either.
-  if (uv_backend_timeout(loop) == 0) return -EBUSY;
+  if (isDue(loop)) return -EINPROGRESS;
   int64_t last = nowNs();
   const int64_t deadline = last + pollNs;
   for (;;) {
@@ -64,11 +77,11 @@ int64_t receivePolling(uv_loop_t* loop, int socket, uint8_t* data, size_t length
   }
 }
 
-// Likewise, but sleeps for it.
+// Likewise, but sleeps for it when it has polled a little.
 int64_t receiveSleeping(uv_loop_t* loop, int socket, uint8_t* data, size_t length) {
-  const int64_t got = receiveSome(socket, data, length);
+  const int64_t got = receivePolling(loop, socket, data, length, kPollBeforeSleepNs);
   if (got != -EAGAIN) return got;
-  if (uv_backend_timeout(loop) == 0) return -EBUSY;
+  if (isDue(loop)) return -EINPROGRESS;
   pollfd states[] = {{socket, POLLIN, 0}, {uv_backend_fd(loop), POLLIN, 0}};
   if (::poll(states, std::size(states), kSleepMs) <= 0) return got;
   return (states[0].revents & POLLIN) != 0 ? receiveSome(socket, data, length) : -EBUSY;
@@ -157,7 +170,9 @@ Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, 
     }
     if (end == inBytes) return ended(Ending::kOther);  // a request that no input holds
     if (const int64_t now = nowNs(); now >= deadline) {
-      if (now >= last || hasWork(loop)) return ended(Ending::kTurn);
+      const Work work = workOf(loop, socket);
+      job.others = work == Work::kOthers ? 1 : 0;
+      if (now >= last || work != Work::kNone) return ended(Ending::kTurn);
       deadline = now + nsOf(job.turnUs);
     }
     const size_t room = std::min(receiveRoom(end, inBytes, writeBytes), receiveBytesMax);
@@ -165,7 +180,10 @@ Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, 
     const int64_t got = job.sleeps != 0 ? receiveSleeping(loop, socket, in + end, room)
                                         : receivePolling(loop, socket, in + end, room, nsOf(job.pollUs));
     if (got == -EAGAIN) return ended(Ending::kIdle);
-    if (got == -EBUSY) return ended(Ending::kTurn);
+    if (got == -EBUSY || got == -EINPROGRESS) {
+      job.others = got == -EBUSY ? 1 : 0;
+      return ended(Ending::kTurn);
+    }
     if (got <= 0) return ended(Ending::kClosed);
     end += static_cast<size_t>(got);
     job.receivedBytes += static_cast<double>(got);

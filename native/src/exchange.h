@@ -47,6 +47,7 @@ struct ExchangeJob {
   double outFrom, outTo; // of the output
   // What it gives back.
   double receivedBytes;
+  double others;          // kTurn: 1 if the loop's other work is not our own socket's
 };
 
 // Receives `length` bytes that are on their way -> how many came: fewer when nothing more came for a millisecond, when the loop has other

@@ -38,7 +38,7 @@ export class StoreFixture {
   }
 
   /** The next call of an image method waits; whoever calls it finds `call` filled. */
-  hold(method: 'zero' | 'punch' | 'sync'): { readonly calls: HeldCall[] } {
+  hold(method: 'zero' | 'punch' | 'sync' | 'writeLater'): { readonly calls: HeldCall[] } {
     const calls: HeldCall[] = [];
     const image = this.image as unknown as Record<string, (...args: unknown[]) => Promise<unknown>>;
     const real = image[method]!.bind(this.image);

@@ -40,7 +40,8 @@ const END = 13;
 const OUT_FROM = 14;
 const OUT_TO = 15;
 const RECEIVED_BYTES = 16;
-const JOB_PLACES = 17;
+const OTHERS = 17;
+const JOB_PLACES = 18;
 
 const FORMS: Record<ReplyForm, number> = { simple: 0, structured: 1, extended: 2 };
 const READS = 1;
@@ -57,6 +58,8 @@ const PAYLOAD_US_MAX = 500;
 const TURN_US_MAX = 100;
 /** Polling stops being worth it: longer than to sleep and be woken takes on a slow machine. */
 export const POLL_US_MAX = 50;
+/** When others are at work the loop is asked for all together, and seldom waits. */
+const CROWDED_RUNS = 32;
 const POLL_US_MIN = 8;
 
 export class Exchange {
@@ -67,6 +70,8 @@ export class Exchange {
   /** As long it had polled when it gave up. */
   #polledUs = 0;
   #afterLong = false;
+  /** Others on this thread were at work as well: for so many runs nothing is received around the stream. */
+  #crowded = 0;
   /** The device threw: it is asked no more. */
   #broken = false;
   /** When it last gave up polling, or did not begin; 0: it has been called since. Milliseconds. */
@@ -84,11 +89,11 @@ export class Exchange {
     this.#headBytes = form === 'extended' ? EXTENDED_REQUEST_HEADER_BYTES : REQUEST_HEADER_BYTES;
     const job = this.#job;
     job[IMAGE_BYTES] = device.size;
+    job[TURN_US] = TURN_US_MAX;
     job[FORM] = FORMS[form];
     job[READ_BYTES_MAX] = executor.directReadBytesMax;
     job[WRITE_BYTES_MAX] = readOnly ? 0 : DIRECT_WRITE_BYTES_MAX;
     job[REPLIES_MAX] = SENT_REPLIES_MAX;
-    job[TURN_US] = TURN_US_MAX;
   }
 
   /**
@@ -99,9 +104,11 @@ export class Exchange {
     this.at = at;
     this.end = end;
     if (this.#broken || !this.output.idle) return null;
+    const alone = this.#crowded === 0;
+    if (!alone) this.#crowded--;
     try {
       const direct = this.device.direct!();
-      return direct === null ? null : this.#runOn(direct, input, receives);
+      return direct === null ? null : this.#runOn(direct, input, receives && alone);
     } catch (error) {
       this.#broken = true;
       this.executor.fault(error);
@@ -120,6 +127,7 @@ export class Exchange {
     job[OUT_FROM] = 0;
     job[OUT_TO] = 0;
     job[RECEIVED_BYTES] = 0;
+    job[OTHERS] = 0;
     if (this.#idleSince !== 0) this.#adapt();
     // To be woken costs little beside a long payload.
     job[SLEEPS] = Number(this.#afterLong);
@@ -129,6 +137,7 @@ export class Exchange {
     this.at = job[AT]!;
     this.end = job[END]!;
     output.keep(job[OUT_FROM]!, job[OUT_TO]!);
+    if (job[OTHERS] === 1) this.#crowded = CROWDED_RUNS;
     if (ending !== Ending.OTHER) this.#afterLong = false;
     if (ending === Ending.HELD_UP) this.device.directWriteHeldUp?.();
     if (!receives || (ending !== Ending.IDLE && ending !== Ending.TURN)) return ending;

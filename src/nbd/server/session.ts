@@ -159,7 +159,8 @@ class TransmissionSession implements Session, Sink {
   }
 
   onBytes(chunk: Buffer, length: number): boolean {
-    return this.#consume(chunk, 0, length, chunk === this.#reception.buffer);
+    // Once more than its share was received around the stream, what the stream still brings in this turn of the loop is enough.
+    return this.#consume(chunk, 0, length, chunk === this.#reception.buffer && !this.#exchangeDue);
   }
 
   onEnd(): void {
