@@ -29,7 +29,7 @@ type Action =
   | { do: 'give up' | 'release' | 'abandon'; which: number }
   | { do: 'hold'; threads: boolean; cold: boolean }
   | { do: 'wait'; turns: number }
-  | { do: 'flush' | 'retreat' | 'takeover' | 'hand off' | 'kill' };
+  | { do: 'flush' | 'held up' | 'retreat' | 'takeover' | 'hand off' | 'kill' };
 
 interface Fetch {
   blocks: Range;
@@ -71,10 +71,10 @@ class World implements Supplier {
     this.#moving = this.#model.begin(0, SIZE, this.#content);
     this.#guest = new GuestDevice(volume);
     volume.store.supplier = this;
-    for (const method of ['zero', 'punch', 'read'] as const) this.#makeSlow(method);
+    for (const method of ['zero', 'punch', 'read', 'writeLater'] as const) this.#makeSlow(method);
   }
 
-  #makeSlow(method: 'zero' | 'punch' | 'read'): void {
+  #makeSlow(method: 'zero' | 'punch' | 'read' | 'writeLater'): void {
     const image = this.volume.store.image as unknown as Record<
       string,
       (...args: unknown[]) => Promise<unknown>
@@ -122,6 +122,8 @@ class World implements Supplier {
         return this.#guest.cache(new Io(...action.range));
       case 'flush':
         return this.#track(new Io(0, 0), (request) => this.#guest.flush(request));
+      case 'held up':
+        return this.#guest.directWriteHeldUp();
       case 'fetch':
         return this.#fetch(...action.blocks);
       case 'deliver':
@@ -366,7 +368,7 @@ const arrivals = fc.oneof(
   fc.record({ do: fc.constant('wait' as const), turns: fc.integer({ min: 1, max: 3 }) }),
 );
 const rare = fc.oneof(
-  fc.record({ do: fc.constantFrom('flush' as const, 'hand off' as const) }),
+  fc.record({ do: fc.constantFrom('flush' as const, 'held up' as const, 'hand off' as const) }),
   fc.record({ do: fc.constantFrom('give up' as const, 'abandon' as const), which }),
 );
 const moves: fc.Arbitrary<Action> = fc.record({

@@ -174,6 +174,7 @@ export function asSocket(t: TestContext, pair: Pair): { socket: net.Socket; rece
 
 /** Something that the event loop has to do, and finds only when it polls. */
 export async function otherWork(t: TestContext): Promise<void> {
+  await new Promise((resolve) => setImmediate(resolve)); // what earlier tests have closed is closed by then
   const other = new Pair();
   const socket = new net.Socket({ fd: other.takeClient() });
   t.after(() => socket.destroy());
@@ -184,12 +185,13 @@ export async function otherWork(t: TestContext): Promise<void> {
 }
 
 /** Sends `bytes` from a thread that waits while the socket is full. */
-export function sentByThread(t: TestContext, fd: number, bytes: Uint8Array): void {
+export function sentByThread(t: TestContext, fd: number, bytes: Uint8Array): Worker {
   const code = `
     const { workerData: { fd, bytes } } = require('node:worker_threads');
     for (let at = 0; at < bytes.length; ) at += require('node:fs').writeSync(fd, bytes, at);`;
   const worker = new Worker(code, { eval: true, workerData: { fd, bytes } });
   t.after(() => void worker.terminate()); // not waited for: it ends when the pair is closed, at the latest
+  return worker;
 }
 
 /** As `until`, but the event loop has no turn in between. */
