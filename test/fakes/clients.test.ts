@@ -21,7 +21,7 @@ import { Place } from './place.js';
 const LANES = 4;
 const DATA = pattern(SIZE);
 const WRITTEN = Array.from({ length: 5 }, (_, version) => pattern(GOOD.length, 2 + version));
-const HANDSHAKE_TIMEOUT_MS = 700;
+const HANDSHAKE_TIMEOUT_MS = 1500;
 /** A server process; IN_FLIGHT_BYTES_TOTAL_MAX and Node. */
 const RESIDENT_BYTES_MAX = 800 * MIB;
 /** How long the guest may wait for an answer, and what a bad client bound may stay bound when it is gone. */

@@ -139,7 +139,7 @@ export class Exchange {
     output.keep(job[OUT_FROM]!, job[OUT_TO]!);
     if (job[OTHERS] === 1) this.#crowded = CROWDED_RUNS;
     if (ending !== Ending.OTHER) this.#afterLong = false;
-    if (ending === Ending.HELD_UP) this.device.directWriteHeldUp?.();
+    if (ending === Ending.HELD_UP) this.#tellHeldUp();
     if (!receives || (ending !== Ending.IDLE && ending !== Ending.TURN)) return ending;
     // The others are at work, and our client is not: it is heard of as theirs are.
     const yielded = ending === Ending.TURN && at === end && job[RECEIVED_BYTES] === 0;
@@ -147,6 +147,16 @@ export class Exchange {
     this.#idleSince = performance.now();
     this.#polledUs = yielded ? 0 : this.#pollUs;
     return Ending.IDLE;
+  }
+
+  /** What it throws must not undo the call: its requests are answered. */
+  #tellHeldUp(): void {
+    try {
+      this.device.directWriteHeldUp?.();
+    } catch (error) {
+      this.#broken = true;
+      this.executor.fault(error);
+    }
   }
 
   /** Receives what has come, and what comes in time, of a payload that is missing `length` bytes -> how many bytes came. */
