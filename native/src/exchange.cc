@@ -33,14 +33,14 @@ constexpr int64_t kPreemptedNs = 100 * 1000;
 
 int64_t nsOf(double us) { return static_cast<int64_t>(us * 1000); }
 
+// Whether callbacks are due that nothing has to come for.
+bool isDue(uv_loop_t* loop) { return uv_backend_timeout(loop) == 0; }
+
 // Whether the loop would find something to do.
 bool hasWork(uv_loop_t* loop) {
   pollfd state = {uv_backend_fd(loop), POLLIN, 0};
   return ::poll(&state, 1, 0) != 0;
 }
-
-// Whether callbacks are due that nothing has to come for.
-bool isDue(uv_loop_t* loop) { return uv_backend_timeout(loop) == 0; }
 
 enum class Work { kNone, kMaybeOurs, kOthers };
 
@@ -81,7 +81,6 @@ int64_t receivePolling(uv_loop_t* loop, int socket, uint8_t* data, size_t length
 int64_t receiveSleeping(uv_loop_t* loop, int socket, uint8_t* data, size_t length) {
   const int64_t got = receivePolling(loop, socket, data, length, kPollBeforeSleepNs);
   if (got != -EAGAIN) return got;
-  if (isDue(loop)) return -EINPROGRESS;
   pollfd states[] = {{socket, POLLIN, 0}, {uv_backend_fd(loop), POLLIN, 0}};
   if (::poll(states, std::size(states), kSleepMs) <= 0) return got;
   return (states[0].revents & POLLIN) != 0 ? receiveSome(socket, data, length) : -EBUSY;

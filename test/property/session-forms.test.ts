@@ -2,11 +2,11 @@
 import assert from 'node:assert/strict';
 import { describe, it } from 'node:test';
 import fc from 'fast-check';
-import pino from 'pino';
 import { Command, CommandFlag, Errno, type ReplyForm } from '../../src/nbd/constants.js';
 import { startSession } from '../../src/nbd/server/session.js';
 import { type Manner, MemoryDevice } from '../fakes/memory-device.js';
 import { connectedPair, RawClient, type Reply } from '../fakes/raw-client.js';
+import { parametersOf } from '../support/direct-session.js';
 
 const SIZE = 512 << 10;
 const { READ, WRITE, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS } = Command;
@@ -48,14 +48,7 @@ async function resultsOf(
   let turn = 0;
   device.manner = () => manners[turn++ % manners.length]!;
   const [server, socket] = connectedPair('descriptor');
-  const session = startSession(server, {
-    device,
-    structured: form !== 'simple',
-    extended: form === 'extended',
-    contexts: form === 'simple' ? [] : [{ id: 1, name: 'base:allocation' }],
-    rest: Buffer.alloc(0),
-    log: pino({ level: 'silent' }),
-  });
+  const session = startSession(server, parametersOf(device, form));
   const client = new RawClient(socket, form);
   const results: Result[] = [];
   for (const [cookie, { command, flags, offset, length, seed }] of operations.entries()) {

@@ -62,7 +62,7 @@ export function served(
   return { session, client: new RawClient(socket, form) };
 }
 
-function parametersOf(device: BlockDevice, form: ReplyForm): SessionParameters {
+export function parametersOf(device: BlockDevice, form: ReplyForm): SessionParameters {
   return {
     device,
     structured: form !== 'simple',
