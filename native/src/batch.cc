@@ -4,6 +4,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "system.h"
 
@@ -126,6 +127,7 @@ Batch execute(const Target& target, Form form, const uint8_t* in, size_t inBytes
     batch.stop = why;
     return batch;
   };
+  int64_t since = nowNs();  // what happens between two WRITEs of a batch takes no time beside kHeldUpNs
   for (size_t replies = 0; batch.consumed < inBytes; replies++) {
     const uint8_t* head = in + batch.consumed;
     const size_t left = inBytes - batch.consumed;
@@ -148,12 +150,12 @@ Batch execute(const Target& target, Form form, const uint8_t* in, size_t inBytes
     } else {
       if (left - headBytes < request.length) return stopped(Stop::kPartial);
       if (doneBytes > room) return stopped(Stop::kFull);
-      const int64_t since = nowNs();
       if (writeAll(target.fd, head + headBytes, request.length, request.offset) < 0) return stopped(Stop::kOther);
       putDone(reply, form, request);
       batch.consumed += headBytes + request.length;
       batch.produced += doneBytes;
-      if (nowNs() - since > kHeldUpNs) return stopped(Stop::kHeldUp);
+      const int64_t now = nowNs();
+      if (now - std::exchange(since, now) > kHeldUpNs) return stopped(Stop::kHeldUp);
     }
   }
   return batch;

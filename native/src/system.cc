@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -35,6 +36,23 @@ int64_t retried(Call call) {
     if (result >= 0) return result;
     if (errno != EINTR) return -errno;
   }
+}
+
+// One read or write of data. Not by libc's functions: those of a process with threads prepare for being cancelled, at 3 % of the cost of a
+// block from the page cache. Positions are whole in one argument: 64-bit systems only, as Node's are.
+static_assert(sizeof(long) == 8);
+
+int64_t preadOnce(int fd, uint8_t* data, size_t length, uint64_t offset) {
+  return retried([=] { return ::syscall(SYS_pread64, fd, data, length, offset); });
+}
+
+int64_t pwriteOnce(int fd, const uint8_t* data, size_t length, uint64_t offset) {
+  return retried([=] { return ::syscall(SYS_pwrite64, fd, data, length, offset); });
+}
+
+int64_t preadOnceNowait(int fd, uint8_t* data, size_t length, uint64_t offset) {
+  iovec piece = {data, length};
+  return retried([&] { return ::syscall(SYS_preadv2, fd, &piece, 1L, offset, 0L, RWF_NOWAIT); });
 }
 
 int64_t writeZeros(int fd, uint64_t offset, uint64_t length) {
@@ -111,9 +129,7 @@ int64_t nowNs() {
 
 int64_t readSome(int fd, uint8_t* data, size_t length, uint64_t offset, bool nowait) {
   length = std::min(length, kTransferBytesMax);
-  if (!nowait) return retried([=] { return ::pread(fd, data, length, static_cast<off_t>(offset)); });
-  iovec piece = {data, length};
-  return retried([&] { return ::preadv2(fd, &piece, 1, static_cast<off_t>(offset), RWF_NOWAIT); });
+  return nowait ? preadOnceNowait(fd, data, length, offset) : preadOnce(fd, data, length, offset);
 }
 
 int64_t readAll(int fd, uint8_t* data, size_t length, uint64_t offset) {
@@ -131,8 +147,7 @@ int64_t writeAll(int fd, const uint8_t* data, size_t length, uint64_t offset) {
   size_t done = 0;
   while (done < length) {
     const size_t piece = std::min(length - done, kTransferBytesMax);
-    const int64_t result =
-        retried([=] { return ::pwrite(fd, data + done, piece, static_cast<off_t>(offset + done)); });
+    const int64_t result = pwriteOnce(fd, data + done, piece, offset + done);
     if (result < 0) return result;
     if (result == 0) return -EIO;
     done += static_cast<size_t>(result);
