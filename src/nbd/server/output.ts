@@ -127,12 +127,16 @@ export class Output {
     return stream.destroyed || !stream.writable || stream.writableLength > 0 ? -1 : descriptor;
   }
 
-  /** [start, end) of `buffer` are replies that were put there while it was idle; what comes before has been sent. */
+  /**
+   * [start, end) of `buffer` are replies that were put there while it was idle; what comes before has been sent, perhaps the beginning of the
+   * first: nothing may leave before it.
+   */
   keep(start: number, end: number): void {
     if (start === end) return;
     this.#runStart = start;
     this.#at = start;
     this.advance(end - start);
+    this.fence();
   }
 
   /** Sends the batch, unless an earlier one is still on its way. */
