@@ -67,11 +67,13 @@ bool isWithin(double value, double max) { return value >= 0 && value <= max && v
 
 bool isJob(const ExchangeJob& job, size_t inBytes, size_t outBytes) {
   constexpr double kFdMax = INT_MAX;
+  constexpr double kSplitBytesMinMin = 128;
   return (job.socket == -1 || isWithin(job.socket, kFdMax)) && isWithin(job.image, kFdMax) &&
          isWithin(job.imageBytes, static_cast<double>(kWholeMax)) && isWithin(job.access, 7) && isWithin(job.form, 2) &&
          isWithin(job.readBytesMax, UINT32_MAX) && isWithin(job.writeBytesMax, UINT32_MAX) &&
          isWithin(job.repliesMax - 1, UINT32_MAX) && isWithin(job.receiveBytesMax - 1, UINT32_MAX) &&
          (job.pollUs == -1 || isWithin(job.pollUs, UINT32_MAX)) && isWithin(job.turnUs, UINT32_MAX) &&
+         (job.splitBytesMin == 0 || isWithin(job.splitBytesMin - kSplitBytesMinMin, UINT32_MAX)) &&
          isWithin(job.end, static_cast<double>(inBytes)) && isWithin(job.at, job.end) &&
          isWithin(job.outTo, static_cast<double>(outBytes)) && isWithin(job.outFrom, job.outTo);
 }

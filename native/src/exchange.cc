@@ -84,14 +84,28 @@ int64_t receiveSleeping(uv_loop_t* loop, int socket, uint8_t* data, size_t lengt
   return (states[0].revents & POLLIN) != 0 ? receiveSome(socket, data, length) : -EBUSY;
 }
 
+// What is sent before the rest of answers that are split.
+constexpr size_t kSplitHeadBytes = 64;
+
+// -> bytes, fewer if the socket does not take all; 0 also for what the stream will find out.
+size_t sendAll(int socket, const uint8_t* data, size_t length, bool splits) {
+  size_t sent = 0;
+  if (splits) {
+    sent = static_cast<size_t>(std::max<int64_t>(0, sendSome(socket, data, kSplitHeadBytes, true)));
+    if (sent < kSplitHeadBytes) return sent;
+  }
+  return sent + static_cast<size_t>(std::max<int64_t>(0, sendSome(socket, data + sent, length - sent, false)));
+}
+
 // Sends the answers; false if the socket does not take all.
 bool sendAnswers(ExchangeJob& job, const uint8_t* out) {
   const auto from = static_cast<size_t>(job.outFrom);
   const auto to = static_cast<size_t>(job.outTo);
   if (from == to) return true;
-  const int64_t sent = sendSome(static_cast<int>(job.socket), out + from, to - from, false);
-  if (sent != static_cast<int64_t>(to - from)) {
-    if (sent > 0) job.outFrom += static_cast<double>(sent);
+  const bool splits = job.splitBytesMin > 0 && static_cast<double>(to - from) >= job.splitBytesMin;
+  const size_t sent = sendAll(static_cast<int>(job.socket), out + from, to - from, splits);
+  if (sent != to - from) {
+    job.outFrom += static_cast<double>(sent);
     return false;
   }
   job.outFrom = job.outTo = 0;

@@ -42,6 +42,7 @@ struct ExchangeJob {
   double pollUs;         // polls for so long before it gives up; -1: nothing is received
   double sleeps;         // 1: sleeps for up to a millisecond instead of polling, as for a payload
   double turnUs;         // so often it asks whether the event loop has other work
+  double splitBytesMin;  // so many bytes of answers, or more, are sent as a few and the rest (src/nbd/server/output.ts says why); 0: never
   // What it is given and gives back.
   double at, end;        // of the input
   double outFrom, outTo; // of the output

@@ -19,7 +19,7 @@ import { type BlockDevice, LATER } from '../device.js';
 import type { Recorder } from '../log/recorder.js';
 import type { SelectedContext } from './contexts.js';
 import type { RequestHead } from './head.js';
-import type { Output } from './output.js';
+import { OUTPUT_SLAB_BYTES, type Output } from './output.js';
 import type { Replies } from './replies.js';
 import { EXTENTS_MAX, Request, type RequestOwner } from './request.js';
 import { HEAD_ROOM, type Slab, type SlabPool } from './slab.js';
@@ -83,7 +83,7 @@ export class Executor implements RequestOwner {
 
   /** READs that are as long as this, or shorter, are answered by data alone, in the current slab of the output. */
   get directReadBytesMax(): number {
-    return this.#finds ? HOLE_READ_BYTES_MIN - 1 : SHARED_READ_BYTES_MAX;
+    return this.#finds ? HOLE_READ_BYTES_MIN - 1 : OUTPUT_SLAB_BYTES;
   }
 
   /** Memory bound in requests, and in answers the client has not taken, bytes. */
@@ -205,8 +205,10 @@ export class Executor implements RequestOwner {
     const slab = this.pool.take(length);
     const errno = this.#readNow(offset, length, slab.buffer, HEAD_ROOM);
     if (this.record !== null && errno !== LATER) this.record.answered(head, errno);
-    if (errno === Errno.OK) this.replies.data(head, offset, length, slab);
-    else if (errno === LATER) {
+    if (errno === Errno.OK) {
+      this.replies.data(head, offset, length, slab);
+      this.output.flush(); // while it is warm, and so that the next one may have the same slab
+    } else if (errno === LATER) {
       this.bytes += slab.buffer.length;
       this.#hand(head, slab);
     } else {

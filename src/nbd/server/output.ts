@@ -16,8 +16,8 @@ import type { Duplex } from 'node:stream';
 import { send } from '../../native/index.js';
 import type { Slab, SlabPool } from './slab.js';
 
-/** Size of the slab replies gather in; a batch is sent when it is full. */
-export const OUTPUT_SLAB_BYTES = 512 << 10;
+/** Size of the slab replies gather in; a batch is sent when it is full. The longest READ that `exchange` answers just fits. */
+export const OUTPUT_SLAB_BYTES = 1 << 20;
 
 /**
  * On TCP, a piece this long or longer is sent as its first bytes, which wait for the rest, and the rest: the same megabyte on loopback then takes
@@ -125,6 +125,11 @@ export class Output {
     if (stream === null || descriptor === null) return -1;
     // Once it is destroyed the descriptor may be somebody else's.
     return stream.destroyed || !stream.writable || stream.writableLength > 0 ? -1 : descriptor;
+  }
+
+  /** Pieces this long or longer are sent in two; 0: none are. */
+  get splitBytesMin(): number {
+    return this.#splits ? SPLIT_BYTES_MIN : 0;
   }
 
   /**
