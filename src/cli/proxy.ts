@@ -1,5 +1,6 @@
 import { Command, Option } from 'commander';
 import { parseNbdUri } from '../nbd/uri.js';
+import type { BackgroundOrder } from '../relocation/background.js';
 import { clientOptions } from './clients.js';
 import { argument, logLevelOption, stateDirOption, transactionLogOptions } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
@@ -17,6 +18,8 @@ interface ProxyOptions extends OneVolumeOptions {
   standby: boolean;
   bandwidth?: number | null;
   background: boolean;
+  readAhead: boolean;
+  order: BackgroundOrder;
   sourceTimeout?: number;
 }
 
@@ -36,9 +39,10 @@ export function proxyCommand(): Command {
     .option('--standby', 'keep nothing that is read until the first write or `takeover`', false)
     .option('--bandwidth <rate>', 'limit of the background copy, as in 100M/s', argument(parseRate))
     .addOption(
-      new Option('--order <order>', 'order of the background copy').choices(['linear']).default('linear'),
+      new Option('--order <order>', 'order of the background copy').choices(['hot', 'linear']).default('hot'),
     )
-    .option('--no-background', 'fetch only what is read')
+    .option('--no-background', 'fetch only what is read, or about to be')
+    .option('--no-read-ahead', 'do not fetch what streams are about to read')
     .option(
       '--source-timeout <seconds>',
       'fail reads after this long without the source (default: wait)',
@@ -60,6 +64,8 @@ export function proxyCommand(): Command {
         sourceUri,
         standby: options.standby,
         background: options.background,
+        readAhead: options.readAhead,
+        order: options.order,
         rateBytesPerSecond: options.bandwidth ?? null,
         sourceTimeoutMs: options.sourceTimeout ?? null,
       });

@@ -4,6 +4,7 @@ import { BlockferryError } from '../errors.js';
 import type { BlockDevice } from '../nbd/device.js';
 import { TransactionLog, type TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
+import type { BackgroundOrder } from '../relocation/background.js';
 import { Relocation, type RelocationTiming } from '../relocation/relocation.js';
 import { describeVolume, probeSource, volumeDescribed } from '../relocation/source-identity.js';
 import { GuestDevice, LinkDevice } from '../volume/faces.js';
@@ -13,6 +14,9 @@ import type { VolumeService, VolumeStatus } from './service.js';
 
 export interface RelocationSettings {
   background: boolean;
+  /** Fetch what streams of the guest are about to read. */
+  readAhead: boolean;
+  order: BackgroundOrder;
   rateBytesPerSecond: number | null;
   /** null: reads wait for a lost source for ever, as on a hard mount. */
   sourceTimeoutMs: number | null;
@@ -20,7 +24,7 @@ export interface RelocationSettings {
 
 export type OpenMode =
   | { kind: 'serve'; readOnly: boolean }
-  | ({ kind: 'proxy'; sourceUri: string; standby: boolean } & RelocationSettings)
+  | ({ kind: 'proxy'; sourceUri: string; standby: boolean } & Partial<RelocationSettings>)
   | {
       kind: 'arrive';
       sourceUri: string;
@@ -45,7 +49,13 @@ export interface OpenVolumeOptions {
   timing?: Partial<RelocationTiming>;
 }
 
-const DEFAULTS: RelocationSettings = { background: true, rateBytesPerSecond: null, sourceTimeoutMs: null };
+const DEFAULTS: RelocationSettings = {
+  background: true,
+  readAhead: true,
+  order: 'hot',
+  rateBytesPerSecond: null,
+  sourceTimeoutMs: null,
+};
 
 /** Throws what volume/open.ts, NbdClient.connect and TransactionLog.open throw. */
 export async function openVolumeService(options: OpenVolumeOptions): Promise<VolumeService> {
@@ -56,7 +66,7 @@ export async function openVolumeService(options: OpenVolumeOptions): Promise<Vol
   let volume: Volume | null = null;
   try {
     volume = await openVolume(options);
-    const settings = mode.kind === 'proxy' ? mode : DEFAULTS;
+    const settings = mode.kind === 'proxy' ? { ...DEFAULTS, ...mode } : DEFAULTS;
     const limited =
       mode.kind === 'arrive' ? { ...settings, rateBytesPerSecond: mode.rateBytesPerSecond } : settings;
     const { source } = volume.identity.current;
@@ -184,7 +194,7 @@ class RunningVolume implements VolumeService {
       uri: [],
       background: {
         state: background?.state ?? 'done',
-        order: background === undefined ? 'none' : 'linear',
+        order: background?.order ?? 'none',
         rateBytesPerSecond: Math.round(rate),
         rateLimitBytesPerSecond: background?.rateLimit ?? null,
         etaSeconds: left === 0 ? 0 : rate > 1 ? Math.ceil(left / rate) : null,

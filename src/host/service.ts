@@ -1,7 +1,7 @@
 /** One volume as a daemon runs it: the volume, its relocation if it has a source, and the two faces it is served under. */
 
 import type { BlockDevice } from '../nbd/device.js';
-import type { BackgroundState } from '../relocation/background.js';
+import type { BackgroundOrder, BackgroundState } from '../relocation/background.js';
 import type { LinkState } from '../relocation/link.js';
 import type { Phase } from '../volume/phase.js';
 import type { RetreatProof } from '../volume/volume.js';
@@ -20,7 +20,7 @@ export interface VolumeStatus {
   uri: string[];
   background: {
     state: BackgroundState;
-    order: 'linear' | 'none';
+    order: BackgroundOrder | 'none';
     rateBytesPerSecond: number;
     rateLimitBytesPerSecond: number | null;
     etaSeconds: number | null;

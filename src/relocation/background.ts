@@ -1,7 +1,8 @@
 /**
- * The background copy: brings every block here while the guest works, in ascending order, ranges that were asked for first.
+ * The background copy: brings every block here while the guest works. First what the guest's streams are about to read, then ranges that were
+ * asked for, then what the order says, then all others, in ascending order.
  *
- * - Bytes in flight are bounded by a window that follows the link's delay, and shrink while the guest waits for its own reads.
+ * - Bytes in flight are bounded by a window that follows the link's rate and delay. What the guest waits for comes off it.
  * - Ranges that the source says are zero cost no data: they are marked, or punched where the image holds something.
  * - What fails is passed over and tried again on the next round. The copy stops for a while when there is no room here, when
  *   the source is out of reach, when nothing but failures comes, and between two rounds if one had any. Failures are shown as long
@@ -9,20 +10,18 @@
  */
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
-import { BlockferryError, messageOf } from '../errors.js';
-import type { Extent } from '../nbd/client/client.js';
 import { Errno } from '../nbd/constants.js';
 import { BLOCK_BYTES, bytesOfBlocks } from '../volume/blocks.js';
 import type { BlockStore } from '../volume/store.js';
+import { SourceAllocation } from './source-allocation.js';
 import type { Fetcher } from './fetcher.js';
 import type { Link } from './link.js';
-import { DelayWindow } from './window.js';
-import { type Run, ZeroMap } from './zero-map.js';
+import { Neighbours, type Order } from './order.js';
+import { RateLimit } from './rate-limit.js';
+import { type FindRun, STREAM_MS, Streams } from './streams.js';
+import { CopyWindow, PIECE_BYTES_MAX } from './window.js';
+import type { Run } from './zero-map.js';
 
-/** Blocks of one bulk fetch: 256 KiB. */
-const BULK_BLOCKS = 64;
-/** Bytes of the source whose allocation is asked for at once. */
-const ALLOCATION_BYTES = 1 << 30;
 /** Ranges that may wait to be prefetched. */
 const WANTED_MAX = 1024;
 /** So many fetches failed one after the other: there is no point in trying the next at once. */
@@ -31,6 +30,8 @@ const FAILURES_MAX = 4;
 const LOCKED_MS = 10;
 /** The rate shown is an average over about so long. */
 const RATE_HALF_LIFE_MS = 2_000;
+/** The guest waited for a read so lately that it is likely to wait for the next one. */
+const BUSY_MS = 1_000;
 
 export type BackgroundState = 'running' | 'paused' | 'waiting' | 'done' | 'off';
 
@@ -40,8 +41,14 @@ interface Wanted {
   readonly resolve: (() => void) | null;
 }
 
+/** hot: neighbours of what the guest waited for, then what the machine used at the source, then ascending; linear: ascending only. */
+export type BackgroundOrder = 'hot' | 'linear';
+
 export interface BackgroundOptions {
   enabled: boolean;
+  /** What streams of the guest are about to read is fetched, whether the copy is on or not. */
+  readAhead: boolean;
+  order: BackgroundOrder;
   rateBytesPerSecond: number | null;
   log: Logger;
   /** How long the copy stops after failures. */
@@ -61,19 +68,24 @@ export class Background {
   readonly #wanted: Wanted[] = [];
   #cursor = 0;
   #inFlightBytes = 0;
-  readonly #window = new DelayWindow();
-  #known = ZeroMap.NOTHING;
+  readonly #window = new CopyWindow();
+  readonly #streams: Streams;
+  readonly #neighbours = new Neighbours();
+  /** In this order, before all others. */
+  readonly #orders: readonly Order[];
+  readonly #allocation: SourceAllocation;
+  readonly #limit: RateLimit;
+  /** When the guest had to wait last. */
+  #waitedAtMs = Number.NEGATIVE_INFINITY;
+  #pumpDue = false;
+  #streamTimer: NodeJS.Timeout | undefined;
   /** A run of zeros is being marked; one at a time, as each may keep a thread and a range lock for long. */
   #zeroing = false;
-  #asking = false;
-  #tellsAllocation = true;
-  #rateLimit: number | null;
-  #credit = 0;
-  #creditAtMs = 0;
-  #creditTimer: NodeJS.Timeout | undefined;
   #rate = 0;
   #rateAtMs = 0;
   #rateBeganMs = 0;
+  readonly #find: FindRun = (first, end) =>
+    this.fetcher.nextRun(first, Math.min(end, this.store.blocks), this.#window.pieceBytes / BLOCK_BYTES);
 
   constructor(
     private readonly store: BlockStore,
@@ -81,7 +93,13 @@ export class Background {
     private readonly link: Link,
     private readonly options: BackgroundOptions,
   ) {
-    this.#rateLimit = options.rateBytesPerSecond;
+    this.#orders = options.order === 'hot' ? [this.#neighbours] : [];
+    this.#limit = new RateLimit(options.rateBytesPerSecond, PIECE_BYTES_MAX, () => this.#pump());
+    this.#streams = new Streams(store.blocks);
+    this.#allocation = new SourceAllocation(link, store.image.size, options.log, (unreachable) => {
+      if (unreachable) this.#failed(Errno.EIO);
+      this.#pump();
+    });
   }
 
   get state(): BackgroundState {
@@ -95,8 +113,12 @@ export class Background {
     return this.state === 'done' ? null : this.#error;
   }
 
+  get order(): BackgroundOrder {
+    return this.options.order;
+  }
+
   get rateLimit(): number | null {
-    return this.#rateLimit;
+    return this.#limit.bytesPerSecond;
   }
 
   /** Bytes per second that came lately. */
@@ -112,7 +134,7 @@ export class Background {
   start(): void {
     if (!this.#started) this.#rateBeganMs = performance.now();
     this.#started = true;
-    this.#creditAtMs = performance.now();
+    this.#limit.start();
     this.#pump();
   }
 
@@ -122,12 +144,13 @@ export class Background {
    */
   stop(): void {
     this.#started = false;
-    this.#known = ZeroMap.NOTHING;
-    this.#tellsAllocation = true;
+    this.#allocation.forget();
+    for (const order of this.#orders) order.clear();
+    this.#streams.clear();
+    this.#watch();
     this.#cursor = 0;
     this.#forgive();
-    clearTimeout(this.#creditTimer);
-    this.#creditTimer = undefined;
+    this.#limit.stop();
     for (const { resolve } of this.#wanted.splice(0)) resolve?.();
   }
 
@@ -142,11 +165,7 @@ export class Background {
   }
 
   setRate(bytesPerSecond: number | null): void {
-    this.#rateLimit = bytesPerSecond;
-    this.#credit = 0;
-    this.#creditAtMs = performance.now();
-    clearTimeout(this.#creditTimer);
-    this.#creditTimer = undefined;
+    this.#limit.set(bytesPerSecond);
     this.#pump();
   }
 
@@ -171,34 +190,75 @@ export class Background {
     this.#pump();
   }
 
+  /** The guest reads blocks of [first, end), and waits for some. */
+  missed(first: number, end: number): void {
+    if (!this.#started) return;
+    const now = performance.now();
+    this.#waitedAtMs = now;
+    this.#neighbours.note(first);
+    if (this.options.readAhead) {
+      this.#streams.read(first, end, true, now);
+      this.#watch();
+    }
+    this.#pumpSoon();
+  }
+
+  /** Reads that need not wait are told as well, while there are streams. */
+  #watch(): void {
+    if (!this.#streams.active) {
+      this.store.watch = null;
+      clearTimeout(this.#streamTimer);
+      this.#streamTimer = undefined;
+    } else if (this.#streamTimer === undefined) {
+      this.store.watch = this.#onHit;
+      this.#streamTimer = setTimeout(() => {
+        this.#streamTimer = undefined;
+        this.#streams.expire(performance.now());
+        this.#watch();
+      }, STREAM_MS).unref();
+    }
+  }
+
+  /** The guest read blocks that are here. */
+  readonly #onHit = (first: number, end: number): void => {
+    this.#streams.read(first, end, false, performance.now());
+    this.#pumpSoon();
+  };
+
+  /** Not in the midst of the guest's request, and once for all of a turn. */
+  #pumpSoon(): void {
+    if (this.#pumpDue) return;
+    this.#pumpDue = true;
+    setImmediate(() => {
+      this.#pumpDue = false;
+      this.#pump();
+    });
+  }
+
   #pump(): void {
     if (!this.#started || this.store.presence === null) return;
     for (;;) {
-      const bulk = BULK_BLOCKS * BLOCK_BYTES;
-      if (this.#inFlightBytes > 0 && this.#inFlightBytes + bulk > this.#allowance()) return;
-      if (!this.#mayCopy() || !this.#hasCredit()) return;
+      const piece = this.#window.pieceBytes;
+      if (this.#inFlightBytes > 0 && this.#inFlightBytes + piece > this.#allowance()) return;
       const run = this.#next();
       if (run === undefined) return;
       void this.#copy(run.first, run.end);
     }
   }
 
-  /** Wanted ranges are served in any case, the rest only while the copy is on. */
-  #mayCopy(): boolean {
-    if (this.#wanted.length > 0) return true;
-    return this.options.enabled && !this.#paused && !this.#blocked;
-  }
-
-  /** The guest's own reads come first: while it waits for some, the copy keeps to a quarter. */
+  /** The guest's own reads come first. */
   #allowance(): number {
-    return this.fetcher.demandsInFlight > 0 ? this.#window.bytes / 4 : this.#window.bytes;
+    const { demandsInFlight, demandBytesInFlight } = this.fetcher;
+    const busy = demandsInFlight > 0 || performance.now() - this.#waitedAtMs < BUSY_MS;
+    return this.#window.bytes(busy) - demandBytesInFlight;
   }
 
   #next(): Run | undefined {
-    for (;;) {
-      const wanted = this.#wanted[0];
-      if (wanted === undefined) break;
-      const run = this.fetcher.nextRun(wanted.first, wanted.end, BULK_BLOCKS);
+    const ahead = this.#streams.active ? this.#nextOf(this.#streams) : undefined;
+    if (ahead !== undefined) return ahead;
+    if (!this.#limit.allows) return undefined;
+    for (let wanted = this.#wanted[0]; wanted !== undefined; wanted = this.#wanted[0]) {
+      const run = this.#find(wanted.first, wanted.end);
       if (run !== undefined) {
         wanted.first = run.end;
         return run;
@@ -206,13 +266,37 @@ export class Background {
       this.#wanted.shift();
       wanted.resolve?.();
     }
-    return this.#mayCopy() ? this.#nextLinear() : undefined;
+    return this.options.enabled && !this.#paused && !this.#blocked ? this.#nextOfCopy() : undefined;
+  }
+
+  /** What a stream is about to read, without what is known to be zeros there. */
+  #nextOf(streams: Streams): Run | undefined {
+    for (;;) {
+      const run = streams.next(this.#window.pieceBytes / BLOCK_BYTES, this.#find);
+      if (run === undefined || !this.#allocation.told) return run;
+      const zero = this.#allocation.around(run.first)?.next(run.first);
+      if (zero === undefined || zero.first >= run.end) return run;
+      if (zero.first > run.first) return { first: run.first, end: zero.first };
+      if (!this.#zeroing) void this.#markZeroes(run.first, zero.end);
+    }
+  }
+
+  #nextOfCopy(): Run | undefined {
+    for (const order of this.#orders) {
+      for (let run = order.next(this.#find); run !== undefined; run = order.next(this.#find)) {
+        const data = this.#withoutZeroes(run);
+        if (data === undefined) return undefined;
+        order.taken(data === 'zeroes' ? this.#zeroesEnd : data.end);
+        if (data !== 'zeroes') return data;
+      }
+    }
+    return this.#nextLinear();
   }
 
   #nextLinear(): Run | undefined {
     const { blocks } = this.store;
     for (let wrapped = false; ; ) {
-      const run = this.fetcher.nextRun(this.#cursor, blocks, BULK_BLOCKS);
+      const run = this.#find(this.#cursor, blocks);
       if (run === undefined) {
         if (wrapped || this.#cursor === 0) return undefined;
         wrapped = true;
@@ -226,30 +310,36 @@ export class Background {
       }
       const data = this.#withoutZeroes(run);
       if (data === undefined) return undefined;
-      if (data !== 'zeroes') {
+      if (data === 'zeroes') this.#cursor = this.#zeroesEnd;
+      else {
         this.#cursor = data.end;
         return data;
       }
     }
   }
 
+  /** Of the run of zeros that `#withoutZeroes` found last. */
+  #zeroesEnd = 0;
+
   /**
    * The part of a run that has data. Where its allocation is unknown, that is asked for first (undefined: wait); a run that
    * begins with zeros has them marked, and the search goes on behind them.
    */
   #withoutZeroes(run: Run): Run | 'zeroes' | undefined {
-    if (!this.#tellsAllocation) return run;
-    if (!this.#known.knows(run.first)) {
-      void this.#askAllocation(run.first);
+    const allocation = this.#allocation;
+    if (!allocation.told) return run;
+    const known = allocation.around(run.first);
+    if (known === undefined) {
+      void allocation.ask(run.first);
       return undefined;
     }
-    const end = Math.min(run.end, this.#known.to);
-    const zero = this.#known.next(run.first);
+    const end = Math.min(run.end, known.to);
+    const zero = known.next(run.first);
     if (zero === undefined || zero.first >= end) return { first: run.first, end };
     if (zero.first > run.first) return { first: run.first, end: zero.first };
     if (this.#zeroing) return undefined;
     void this.#markZeroes(run.first, zero.end);
-    this.#cursor = zero.end;
+    this.#zeroesEnd = zero.end;
     return 'zeroes';
   }
 
@@ -267,43 +357,12 @@ export class Background {
     this.#pump();
   }
 
-  async #askAllocation(block: number): Promise<void> {
-    if (this.#asking) return;
-    this.#asking = true;
-    const { size } = this.store.image;
-    const { epoch } = this.store;
-    const offset = block * BLOCK_BYTES;
-    try {
-      const extents = await this.link.allocation(offset, Math.min(ALLOCATION_BYTES, size - offset));
-      if (epoch === this.store.epoch && this.#started) this.#learn(offset, extents);
-    } catch (error) {
-      const code = error instanceof BlockferryError ? error.code : undefined;
-      if (code === 'source-unreachable') this.#failed(Errno.EIO);
-      else if (code !== 'closed') {
-        // Copying without knowing is right, only dearer.
-        this.options.log.warn(
-          { why: messageOf(error) },
-          'the source does not tell what is allocated, copying all',
-        );
-        this.#tellsAllocation = false;
-      }
-    } finally {
-      this.#asking = false;
-      this.#pump();
-    }
-  }
-
-  #learn(offset: number, extents: Extent[] | null): void {
-    this.#known = extents === null ? ZeroMap.NOTHING : ZeroMap.of(offset, extents, this.store.image.size);
-    // Extents smaller than a block lead nowhere.
-    this.#tellsAllocation = this.#known.to > this.#known.from;
-  }
-
   async #copy(first: number, end: number): Promise<void> {
     const bytes = bytesOfBlocks(first, end, this.store.image.size);
     this.#inFlightBytes += bytes;
-    if (this.#rateLimit !== null) this.#credit -= bytes;
+    this.#limit.spend(bytes);
     const full = this.#inFlightBytes + bytes > this.#allowance();
+    const mark = this.#window.sent();
     const began = performance.now();
     const errno = await this.fetcher.fetch('bulk', first, end);
     this.#inFlightBytes -= bytes;
@@ -311,7 +370,7 @@ export class Background {
     if (errno === Errno.OK) {
       this.#failuresInARow = 0;
       if (!this.#failedThisRound) this.#error = null;
-      this.#window.answered(bytes, now - began, full, now);
+      this.#window.answered(bytes, now - began, mark, full, now);
       this.#count(bytes, now);
     } else if (errno === Errno.ESHUTDOWN) {
       return; // the link is closed
@@ -354,24 +413,6 @@ export class Background {
     this.#failedThisRound = false;
     this.#failuresInARow = 0;
     this.#error = null;
-  }
-
-  /** Whether the rate limit lets one more fetch go; if not, it is tried again when it does. */
-  #hasCredit(): boolean {
-    if (this.#rateLimit === null) return true;
-    const now = performance.now();
-    const burst = Math.max(this.#rateLimit / 10, BULK_BLOCKS * BLOCK_BYTES);
-    this.#credit = Math.min(burst, this.#credit + ((now - this.#creditAtMs) / 1000) * this.#rateLimit);
-    this.#creditAtMs = now;
-    if (this.#credit > 0) return true;
-    this.#creditTimer ??= setTimeout(
-      () => {
-        this.#creditTimer = undefined;
-        this.#pump();
-      },
-      Math.max(1, (-this.#credit / this.#rateLimit) * 1000 + 1),
-    ).unref();
-    return false;
   }
 
   #count(bytes: number, now: number): void {

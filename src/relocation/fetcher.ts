@@ -60,10 +60,13 @@ export class Fetcher implements Supplier {
   readonly #underWay = new Set<Fetch>();
   readonly #demandRoom = new Budget(Number.POSITIVE_INFINITY, DEMAND_BYTES_MAX);
   #demandsInFlight = 0;
+  #demandBytesInFlight = 0;
   readonly demandLatency = new Histogram();
   readonly traffic: Traffic = { demandBytes: 0, backgroundBytes: 0, throughBytes: 0, zeroBytes: 0 };
   /** Told when a range is likely to be wanted. */
   onPrefetch: ((first: number, end: number) => void) | null = null;
+  /** Told when the guest has to wait for blocks of a range. */
+  onMiss: ((first: number, end: number) => void) | null = null;
   /** Told when a demand fetch is over. */
   onDemandDone: (() => void) | null = null;
 
@@ -76,9 +79,14 @@ export class Fetcher implements Supplier {
     return this.#demandsInFlight;
   }
 
+  get demandBytesInFlight(): number {
+    return this.#demandBytesInFlight;
+  }
+
   // Supplier
 
   demand(first: number, end: number): void {
+    this.onMiss?.(first, end);
     for (let block = first; block < end; ) {
       if (block > first && this.#demandsInFlight >= DEMANDS_AHEAD_MAX) return;
       const run = this.nextRun(block, end, FETCH_BLOCKS_MAX);
@@ -89,11 +97,14 @@ export class Fetcher implements Supplier {
   }
 
   async #demandRun(first: number, end: number): Promise<void> {
+    const bytes = bytesOfBlocks(first, end, this.#store.image.size);
     this.#demandsInFlight++;
+    this.#demandBytesInFlight += bytes;
     const began = performance.now();
     await this.fetch('demand', first, end);
     this.demandLatency.add(performance.now() - began);
     this.#demandsInFlight--;
+    this.#demandBytesInFlight -= bytes;
     this.onDemandDone?.();
   }
 

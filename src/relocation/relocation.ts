@@ -9,7 +9,7 @@ import { BlockferryError, messageOf } from '../errors.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { blockAt, blocksOf } from '../volume/blocks.js';
 import type { Volume } from '../volume/volume.js';
-import { Background } from './background.js';
+import { Background, type BackgroundOrder } from './background.js';
 import { Fetcher } from './fetcher.js';
 import { LINK_TIMING, Link, type LinkTiming } from './link.js';
 
@@ -22,6 +22,8 @@ export const RELOCATION_TIMING: RelocationTiming = { ...LINK_TIMING, retryAfterE
 
 export interface RelocationOptions {
   background: boolean;
+  readAhead: boolean;
+  order: BackgroundOrder;
   rateBytesPerSecond: number | null;
   sourceTimeoutMs: number | null;
   /** For a source with TLS, where its URI leaves something open. */
@@ -63,11 +65,14 @@ export class Relocation {
     this.fetcher = new Fetcher(volume.store, this.link);
     this.background = new Background(volume.store, this.fetcher, this.link, {
       enabled: options.background,
+      readAhead: options.readAhead,
+      order: options.order,
       rateBytesPerSecond: options.rateBytesPerSecond,
       log: options.log,
       retryAfterErrorMs: this.#timing.retryAfterErrorMs,
     });
     this.fetcher.onPrefetch = (first, end) => this.background.want(first, end);
+    this.fetcher.onMiss = (first, end) => this.background.missed(first, end);
     this.fetcher.onDemandDone = () => this.background.nudge();
     this.#handedOff = new Promise((resolve, reject) => {
       this.#tellHandedOff = resolve;

@@ -1,59 +1,142 @@
 /**
- * How many bytes of background copy may be in flight: as many as the link carries without a queue building up in front of the
- * guest's own reads. The sign of a queue is that requests take longer than they do on an idle link (as in TCP Vegas and LEDBAT).
+ * How many bytes that nobody waits for yet (background copy, read-ahead) may be in flight: as many as fill the link, and no queue in front of
+ * the guest's own reads. That is the link's rate times its round trip; both are measured from the answers, as BBR does (Cardwell et al.,
+ * "BBR: Congestion-Based Congestion Control", 2016), one level above the transport, whose own control goes on below.
  *
- * What an idle link takes can only be seen on one: when no request came near the least latency for a while (a queue of our own, or a
- * longer route, cannot be told apart), the window shrinks to a single request until one was answered, as BBR does.
+ * - The rate is the greatest of the last rounds: bytes answered between a request and its answer, by the time between.
+ * - The round trip is the least time that a request of the last seconds took, its own bytes' time on the link included. It can only be seen on an idle link: when
+ *   no answer came near it for a while (a queue of our own and a longer route cannot be told apart), one request goes alone.
+ * - While the guest waits for reads of its own, the window is the product and hardly more. Otherwise it has some to spare, which is how a
+ *   link that became faster is found out.
  */
-/** One bulk request. */
-export const WINDOW_BYTES_MIN = 256 << 10;
+
+import { BLOCK_BYTES } from '../volume/blocks.js';
+
+export const WINDOW_BYTES_MAX = 32 << 20;
 const WINDOW_BYTES_START = 1 << 20;
-export const WINDOW_BYTES_MAX = 16 << 20;
-/** Delay over the link's own that is taken for a queue. */
-const QUEUE_MS = 15;
-const SHRINK = 0.75;
-/** The least latency is measured anew when none came near it for so long. */
-const FLOOR_MS = 10_000;
+/** Of a link so fast that the processors decide. */
+const WINDOW_BYTES_FAST = 2 << 20;
+const FAST_BYTES_PER_MS = 100_000;
+/** One request: short on a slow link, where a read of the guest's waits behind what is under way. */
+export const PIECE_BYTES_MAX = 256 << 10;
+export const PIECE_BYTES_MIN = 16 << 10;
+const PIECE_MS = 6;
+/** Rounds without so much growth end the start, in which the window doubles each round. */
+const START_GROWTH = 1.25;
+const START_ROUNDS = 3;
+const START_GAIN = 2;
+/** To spare, while the guest does not wait: whether the link became faster is found out at once. */
+const IDLE_GAIN = 1.25;
+/** While it does, in one of so many rounds. */
+const PROBE_GAIN = 1.125;
+const PROBE_ROUNDS = 8;
+/** The rate is the greatest of two such stretches. */
+const RATE_MS_MIN = 1_000;
+const RATE_ROUNDS = 10;
+/** The round trip is measured anew when nothing came near it for so long. */
+const ROUND_TRIP_MS = 10_000;
 const NEAR = 1.1;
+const NEAR_MS = 1;
+const ROUND_TRIP_MS_MIN = 0.05;
 
-export class DelayWindow {
-  #bytes = WINDOW_BYTES_START;
-  #floorMs = Number.POSITIVE_INFINITY;
-  #nearFloorAtMs = 0;
-  #lastShrinkMs = Number.NEGATIVE_INFINITY;
-  #slowStart = true;
-  /** Measuring the floor since. */
+export class CopyWindow {
+  /** Bytes answered in all. */
+  #answered = 0;
+  /** Bytes a millisecond: the greatest of this stretch, and of the one before. */
+  #rateNow = 0;
+  #rateBefore = 0;
+  #stretchAtMs = 0;
+  #roundTripMs = Number.POSITIVE_INFINITY;
+  #nearAtMs = 0;
+  /** Measuring the round trip since. */
   #probedAtMs: number | null = null;
+  /** The round ends with the answer to what is sent when so much was answered. */
+  #roundEnd = 0;
+  #starting = true;
+  #startRate = 0;
+  #startRounds = 0;
+  #round = 0;
 
-  get bytes(): number {
-    return this.#probedAtMs === null ? this.#bytes : WINDOW_BYTES_MIN;
+  get #rate(): number {
+    return Math.max(this.#rateNow, this.#rateBefore);
   }
 
-  /** A request of `bytes` took `latencyMs`; `full`: the window was used up while it was under way. */
-  answered(bytes: number, latencyMs: number, full: boolean, nowMs: number): void {
+  /** Bytes of one request: a power of two. */
+  get pieceBytes(): number {
+    const rate = this.#rate;
+    if (rate === 0 || rate * PIECE_MS >= PIECE_BYTES_MAX) return PIECE_BYTES_MAX;
+    const blocks = Math.max(1, (rate * PIECE_MS) / BLOCK_BYTES);
+    return Math.max(PIECE_BYTES_MIN, BLOCK_BYTES * 2 ** Math.floor(Math.log2(blocks)));
+  }
+
+  /** Bytes that may be in flight; `busy`: the guest waits for reads of its own these days. At least one piece. */
+  bytes(busy: boolean): number {
+    const piece = this.pieceBytes;
+    if (this.#probedAtMs !== null) return piece;
+    const rate = this.#rate;
+    if (rate === 0) return busy ? WINDOW_BYTES_START / 4 : WINDOW_BYTES_START;
+    const product = rate * this.#roundTripMs;
+    // What is in flight falls short of the window by up to a piece.
+    let window = this.#gain(busy) * product + piece;
+    if (this.#starting) window = Math.max(WINDOW_BYTES_START, window);
+    if (rate >= FAST_BYTES_PER_MS) window = Math.max(window, WINDOW_BYTES_FAST);
+    return Math.min(WINDOW_BYTES_MAX, Math.max(piece, window));
+  }
+
+  #gain(busy: boolean): number {
+    if (this.#starting) return START_GAIN;
+    if (!busy) return IDLE_GAIN;
+    return this.#round % PROBE_ROUNDS === 0 ? PROBE_GAIN : 1;
+  }
+
+  /** A request is sent: what `answered` wants to know of it later. */
+  sent(): number {
+    return this.#answered;
+  }
+
+  /**
+   * A request of `bytes` took `latencyMs`, up to now; `mark`: what `sent` said; `full`: the window was used up while it was under way, so that
+   * the answers tell the link's rate and not ours.
+   */
+  answered(bytes: number, latencyMs: number, mark: number, full: boolean, nowMs: number): void {
+    this.#answered += bytes;
+    const tookMs = Math.max(latencyMs, ROUND_TRIP_MS_MIN);
+    this.#measureRate((this.#answered - mark) / tookMs, full, nowMs);
+    this.#measureRoundTrip(tookMs, nowMs);
+    if (mark >= this.#roundEnd) this.#endRound(full);
+  }
+
+  #measureRate(rate: number, full: boolean, nowMs: number): void {
+    const stretchMs = Math.max(RATE_MS_MIN, Number.isFinite(this.#roundTripMs) ? RATE_ROUNDS * this.#roundTripMs : 0);
+    if (nowMs - this.#stretchAtMs > stretchMs && full) {
+      this.#rateBefore = this.#rateNow;
+      this.#rateNow = 0;
+      this.#stretchAtMs = nowMs;
+    }
+    // What we did not fill cannot show that the link is slow, only that it is faster than was known.
+    if (full || rate > this.#rate) this.#rateNow = Math.max(this.#rateNow, rate);
+  }
+
+  #measureRoundTrip(tookMs: number, nowMs: number): void {
     if (this.#probedAtMs !== null) {
       // Sent since, and so alone: the window lets only one go at a time, and that one when all before it are answered.
-      if (nowMs - latencyMs <= this.#probedAtMs) return;
+      if (nowMs - tookMs <= this.#probedAtMs) return;
       this.#probedAtMs = null;
-      this.#floorMs = latencyMs;
-      this.#nearFloorAtMs = nowMs;
-      return;
-    }
-    if (latencyMs <= NEAR * this.#floorMs) {
-      this.#floorMs = Math.min(this.#floorMs, latencyMs);
-      this.#nearFloorAtMs = nowMs;
-    } else if (nowMs - this.#nearFloorAtMs > FLOOR_MS) {
-      this.#probedAtMs = nowMs;
-      return;
-    }
-    if (latencyMs > 1.5 * this.#floorMs + QUEUE_MS) {
-      this.#slowStart = false;
-      if (nowMs - this.#lastShrinkMs < latencyMs) return; // once a round trip
-      this.#lastShrinkMs = nowMs;
-      this.#bytes = Math.max(WINDOW_BYTES_MIN, this.#bytes * SHRINK);
-    } else if (full) {
-      const grown = this.#slowStart ? bytes : (bytes * bytes) / this.#bytes;
-      this.#bytes = Math.min(WINDOW_BYTES_MAX, this.#bytes + grown);
-    }
+      this.#roundTripMs = tookMs;
+      this.#nearAtMs = nowMs;
+    } else if (tookMs <= NEAR * this.#roundTripMs + NEAR_MS) {
+      this.#roundTripMs = Math.min(this.#roundTripMs, tookMs);
+      this.#nearAtMs = nowMs;
+    } else if (nowMs - this.#nearAtMs > ROUND_TRIP_MS) this.#probedAtMs = nowMs;
+  }
+
+  #endRound(full: boolean): void {
+    this.#roundEnd = this.#answered;
+    this.#round++;
+    if (!this.#starting || !full) return;
+    if (this.#rate >= this.#startRate * START_GROWTH) {
+      this.#startRate = this.#rate;
+      this.#startRounds = 0;
+    } else if (++this.#startRounds >= START_ROUNDS) this.#starting = false;
   }
 }

@@ -34,6 +34,11 @@ export class ZeroMap {
     return new ZeroMap(blockAt(offset), at === size ? blocksOf(size) : blockAt(at), zeroes);
   }
 
+  /** How many runs it has. */
+  get runs(): number {
+    return this.zeroes.length;
+  }
+
   knows(block: number): boolean {
     return this.from <= block && block < this.to;
   }

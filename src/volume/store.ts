@@ -72,6 +72,8 @@ export class BlockStore {
   readonly #direct: { -readonly [Key in keyof DirectAccess]: DirectAccess[Key] };
 
   supplier: Supplier | null = null;
+  /** Told of every read whose blocks are here; null: nobody wants to know. */
+  watch: ((first: number, end: number) => void) | null = null;
   /** Fetched blocks are kept; otherwise reads of missing blocks pass through. */
   keeps = false;
   /** Raised when the bits are dropped. */
@@ -121,7 +123,7 @@ export class BlockStore {
     const { presence } = this;
     const { inline } = this.image;
     const direct = this.#direct;
-    direct.reads = inline !== 'never';
+    direct.reads = inline !== 'never' && this.watch === null;
     direct.nowait = inline === 'nowait';
     direct.writes = this.#gate.kind === 'open' && this.#locks.size === 0 && !this.#pace.slow;
     direct.present = presence === null || presence.complete ? null : presence.bits;
@@ -130,7 +132,11 @@ export class BlockStore {
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
     const { presence } = this;
-    if (presence !== null && !presence.hasAll(blockAt(offset), blocksOf(offset + length))) return LATER;
+    if (presence !== null) {
+      const [first, end] = [blockAt(offset), blocksOf(offset + length)];
+      if (!presence.hasAll(first, end)) return LATER;
+      if (this.watch !== null) this.watch(first, end);
+    }
     const done = this.image.readNow(buffer, at, length, offset);
     if (done === 0) return Errno.OK;
     return done === WOULD_WAIT ? LATER : errnoOfSystem(done);

@@ -20,6 +20,7 @@ import type { ExportEntry } from '../../src/nbd/server/exports.js';
 import { Listener } from '../../src/nbd/server/listener.js';
 import { type Session, startSession } from '../../src/nbd/server/session.js';
 import { Link, type LinkOptions } from '../../src/relocation/link.js';
+import type { BackgroundOrder } from '../../src/relocation/background.js';
 import type { RelocationTiming } from '../../src/relocation/relocation.js';
 import { type Call, MemoryDevice } from '../fakes/memory-device.js';
 
@@ -130,6 +131,8 @@ export class Lab {
       sourceUri,
       standby: settings.standby ?? false,
       background: settings.background ?? false,
+      readAhead: settings.readAhead ?? false,
+      order: settings.order ?? 'linear',
       rateBytesPerSecond: settings.rateBytesPerSecond ?? null,
       sourceTimeoutMs: settings.sourceTimeoutMs ?? null,
     };
@@ -170,6 +173,8 @@ export interface ProxyOptions {
   mode?: OpenMode;
   standby?: boolean;
   background?: boolean;
+  readAhead?: boolean;
+  order?: BackgroundOrder;
   rateBytesPerSecond?: number | null;
   sourceTimeoutMs?: number | null;
   timing?: Partial<RelocationTiming>;

@@ -57,24 +57,35 @@ async function inTime(what: string, ms: number, done: Promise<unknown>): Promise
   await Promise.race([done, late]).finally(() => clearTimeout(timer));
 }
 
-async function run(steps: readonly Step[], background: boolean, sparse: boolean): Promise<void> {
+interface Settings {
+  background: boolean;
+  readAhead: boolean;
+  sparse: boolean;
+}
+
+async function run(steps: readonly Step[], settings: Settings): Promise<void> {
   const closers: (() => Promise<void>)[] = [];
   const lab = new Lab({
     after: (close: () => Promise<void>) => closers.push(close),
   } as unknown as TestContext);
   try {
-    await inTime('the run', 20_000, runIn(lab, steps, background, sparse));
+    await inTime('the run', 20_000, runIn(lab, steps, settings));
   } finally {
     for (const close of closers) await inTime('the end', 20_000, close());
   }
 }
 
-async function runIn(lab: Lab, steps: readonly Step[], background: boolean, sparse: boolean): Promise<void> {
+async function runIn(
+  lab: Lab,
+  steps: readonly Step[],
+  { background, readAhead, sparse }: Settings,
+): Promise<void> {
   const model = pattern(SIZE);
   if (sparse) model.fill(0, 20 * BLOCK, 60 * BLOCK);
   const source = await lab.source(SIZE, { data: model });
   if (sparse) source.tellZeroes(512);
-  let proxy = await lab.proxy(source, { background });
+  const order = readAhead ? 'hot' : 'linear';
+  let proxy = await lab.proxy(source, { background, readAhead, order });
   let guest = await proxy.guest();
   let up = true;
   /** Requests in flight; no two overlap, so that the model is certain. */
@@ -186,9 +197,8 @@ test('a guest over a source whose connections break', async () => {
   await fc.assert(
     fc.asyncProperty(
       fc.array(step, { minLength: 5, maxLength: 60 }),
-      fc.boolean(),
-      fc.boolean(),
-      (steps, background, sparse) => run(steps, background, sparse),
+      fc.record({ background: fc.boolean(), readAhead: fc.boolean(), sparse: fc.boolean() }),
+      run,
     ),
     { numRuns: 40, interruptAfterTimeLimit: 25_000, includeErrorInReport: true },
   );

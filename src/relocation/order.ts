@@ -1,0 +1,144 @@
+/**
+ * In which order the background copy brings what nobody asked for: policies, each of which says what comes next in constant time. What none of
+ * them names comes in ascending order (`Background`), so that all blocks come whatever they do.
+ *
+ * A policy names a run until it is told that it was `taken`, and then goes on behind it, though it may not have come: what fails, and would
+ * fail again, holds up nothing.
+ */
+import type { Extent } from '../nbd/client/client.js';
+import { BLOCK_BYTES } from '../volume/blocks.js';
+import type { FindRun } from './streams.js';
+import type { Run } from './zero-map.js';
+
+export interface Order {
+  /** A run of missing blocks that should come now; undefined: none left. */
+  next(find: FindRun): Run | undefined;
+  /** The run it named is seen to, up to here. */
+  taken(end: number): void;
+  /** Forgets everything. */
+  clear(): void;
+}
+
+/** One region after the other, each from its start to its end. */
+abstract class Regions implements Order {
+  /** Of the current region: what is before this is seen to. */
+  #at = 0;
+
+  /** The region that is next; undefined: none. */
+  protected abstract current(): number | undefined;
+  protected abstract drop(): void;
+
+  next(find: FindRun): Run | undefined {
+    for (let region = this.current(); region !== undefined; region = this.current()) {
+      const end = (region + 1) * REGION_BLOCKS;
+      const from = this.#at > region * REGION_BLOCKS && this.#at <= end ? this.#at : region * REGION_BLOCKS;
+      const run = from < end ? find(from, end) : undefined;
+      if (run !== undefined) return run;
+      this.drop();
+      this.#at = 0;
+    }
+    return undefined;
+  }
+
+  taken(end: number): void {
+    this.#at = end;
+  }
+
+  clear(): void {
+    this.#at = 0;
+  }
+}
+
+/** What a read is likely to be followed by lies near it: 256 KiB. */
+export const REGION_BLOCKS = 64;
+const REGION_BYTES = REGION_BLOCKS * BLOCK_BYTES;
+const NEIGHBOURS_MAX = 256;
+/** Regions whose heat is remembered, at most: the hottest. */
+export const HOT_REGIONS_MAX = 1 << 18;
+
+/** The neighbours of what the guest had to wait for: the latest first. */
+export class Neighbours extends Regions {
+  /** Regions, the latest last; a region may be there twice, and is found empty the second time. */
+  #regions: number[] = [];
+
+  /** The guest waited for this block. */
+  note(block: number): void {
+    const region = Math.floor(block / REGION_BLOCKS);
+    if (this.#regions.at(-1) === region) return;
+    this.#regions.push(region);
+    if (this.#regions.length > 2 * NEIGHBOURS_MAX) this.#regions.splice(0, NEIGHBOURS_MAX);
+  }
+
+  protected current(): number | undefined {
+    return this.#regions.at(-1);
+  }
+
+  protected drop(): void {
+    this.#regions.pop();
+  }
+
+  override clear(): void {
+    super.clear();
+    this.#regions = [];
+  }
+}
+
+/**
+ * The regions that the machine used at the source, by `blockferry:heat`: what was read most first, then what was only written. What was only
+ * written is likely to be written again before it is read, and need not come at all then.
+ */
+export class Hot extends Regions {
+  #regions: number[] = [];
+  #scores: number[] = [];
+  /** Of the sorted regions; -1: they are not. */
+  #next = -1;
+
+  /** Extents of heat that follow one another from `offset` on. */
+  learn(offset: number, extents: readonly Extent[]): void {
+    this.#next = -1;
+    let at = offset;
+    for (const { length, flags } of extents) {
+      if (flags !== 0) {
+        const score = (flags & 0xffff) * 0x10000 + (flags >>> 16);
+        const last = Math.floor((at + length - 1) / REGION_BYTES);
+        for (let region = Math.floor(at / REGION_BYTES); region <= last; region++) this.#add(region, score);
+      }
+      at += length;
+    }
+  }
+
+  #add(region: number, score: number): void {
+    this.#regions.push(region);
+    this.#scores.push(score);
+    if (this.#regions.length >= 2 * HOT_REGIONS_MAX) this.#sort();
+  }
+
+  #sort(): void {
+    const order = Uint32Array.from(this.#regions.keys());
+    const scores = this.#scores;
+    const regions = this.#regions;
+    order.sort((a, b) => scores[b]! - scores[a]! || regions[a]! - regions[b]!);
+    const kept = order.subarray(0, HOT_REGIONS_MAX);
+    this.#regions = Array.from(kept, (index) => regions[index]!);
+    this.#scores = Array.from(kept, (index) => scores[index]!);
+  }
+
+  protected current(): number | undefined {
+    if (this.#next === -1) {
+      this.#sort();
+      this.#next = 0;
+    }
+    return this.#regions[this.#next];
+  }
+
+  protected drop(): void {
+    this.#next++;
+  }
+
+  override clear(): void {
+    super.clear();
+    this.#regions = [];
+    this.#scores = [];
+    this.#next = -1;
+  }
+}
