@@ -13,13 +13,13 @@ import type { Logger } from 'pino';
 import { Errno } from '../nbd/constants.js';
 import { BLOCK_BYTES, bytesOfBlocks } from '../volume/blocks.js';
 import type { BlockStore } from '../volume/store.js';
-import { SourceAllocation } from './source-allocation.js';
 import type { Fetcher } from './fetcher.js';
 import type { Link } from './link.js';
 import { Neighbours, type Order } from './order.js';
 import { RateLimit } from './rate-limit.js';
+import { SourceAllocation } from './source-allocation.js';
 import { type FindRun, STREAM_MS, Streams } from './streams.js';
-import { CopyWindow, PIECE_BYTES_MAX } from './window.js';
+import { type LinkWindow, PIECE_BYTES_MAX } from './window.js';
 import type { Run } from './zero-map.js';
 
 /** Ranges that may wait to be prefetched. */
@@ -68,7 +68,7 @@ export class Background {
   readonly #wanted: Wanted[] = [];
   #cursor = 0;
   #inFlightBytes = 0;
-  readonly #window = new CopyWindow();
+  readonly #window: LinkWindow;
   readonly #streams: Streams;
   readonly #neighbours = new Neighbours();
   /** In this order, before all others. */
@@ -93,6 +93,7 @@ export class Background {
     private readonly link: Link,
     private readonly options: BackgroundOptions,
   ) {
+    this.#window = link.window;
     this.#orders = options.order === 'hot' ? [this.#neighbours] : [];
     this.#limit = new RateLimit(options.rateBytesPerSecond, PIECE_BYTES_MAX, () => this.#pump());
     this.#streams = new Streams(store.blocks);

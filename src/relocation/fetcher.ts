@@ -100,9 +100,13 @@ export class Fetcher implements Supplier {
     const bytes = bytesOfBlocks(first, end, this.#store.image.size);
     this.#demandsInFlight++;
     this.#demandBytesInFlight += bytes;
+    const { window } = this.#link;
+    const mark = window.sent();
     const began = performance.now();
-    await this.fetch('demand', first, end);
-    this.demandLatency.add(performance.now() - began);
+    const errno = await this.fetch('demand', first, end);
+    const now = performance.now();
+    this.demandLatency.add(now - began);
+    if (errno === Errno.OK) window.answered(bytes, now - began, mark, false, now);
     this.#demandsInFlight--;
     this.#demandBytesInFlight -= bytes;
     this.onDemandDone?.();

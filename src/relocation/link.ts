@@ -17,6 +17,7 @@ import type { ClientTlsSettings } from '../nbd/tls.js';
 import { type Asker, Budget } from './budget.js';
 import { allocationFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
 import { CONNECT_TIMEOUT_MS, whyNotTheSame } from './source-identity.js';
+import { LinkWindow } from './window.js';
 
 export type Lane = 'demand' | 'bulk';
 export type LinkState = 'connecting' | 'connected' | 'lost' | 'mismatch';
@@ -84,6 +85,8 @@ export class Link {
     demand: new Budget(LANE_REQUESTS_MAX, LANE_BYTES_MAX),
     bulk: new Budget(LANE_REQUESTS_MAX, LANE_BYTES_MAX),
   };
+  /** What the link carries, by the answers of late. */
+  readonly window = new LinkWindow();
   readonly #timing: LinkTiming;
   /** Every connection that is not over yet, whether it is used any more or not. */
   readonly #alive = new Set<NbdClient>();

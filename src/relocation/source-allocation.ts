@@ -82,7 +82,10 @@ export class SourceAllocation {
     this.#told = map.to > map.from;
     if (!this.#told) return;
     const maps = [...(this.#known.get(stretch) ?? []), map];
-    this.#known.set(stretch, maps.sort((a, b) => a.from - b.from));
+    this.#known.set(
+      stretch,
+      maps.sort((a, b) => a.from - b.from),
+    );
   }
 
   /** What was learned is worth nothing any more. */

@@ -112,7 +112,8 @@ class Backward extends Stream {
         return run;
       }
       const to = Math.min(this.asked, this.at);
-      if (to <= target || (to - target < Math.min(blocksMax, this.window / 2) && target > 0)) return undefined;
+      if (to <= target || (to - target < Math.min(blocksMax, this.window / 2) && target > 0))
+        return undefined;
       this.#pieceAt = this.asked = Math.max(target, to - blocksMax);
       this.#pieceEnd = to;
     }
@@ -130,7 +131,10 @@ class Strided extends Stream {
   }
 
   protected override get windowMax(): number {
-    return Math.min(Math.abs(this.step) * STRIDE_READS_MAX, (WINDOW_BLOCKS_MAX * Math.abs(this.step)) / this.length);
+    return Math.min(
+      Math.abs(this.step) * STRIDE_READS_MAX,
+      (WINDOW_BLOCKS_MAX * Math.abs(this.step)) / this.length,
+    );
   }
 
   protected moves(first: number): boolean {
@@ -144,7 +148,8 @@ class Strided extends Stream {
     for (;;) {
       const last = this.step > 0 ? Math.max(this.asked, this.at) : Math.min(this.asked, this.at);
       const first = last + this.step;
-      if (Math.abs(first - this.at) > this.window || first < 0 || first + this.length > blocks) return undefined;
+      if (Math.abs(first - this.at) > this.window || first < 0 || first + this.length > blocks)
+        return undefined;
       this.asked = first;
       const run = find(first, first + this.length);
       if (run !== undefined) return run;

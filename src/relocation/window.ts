@@ -1,6 +1,6 @@
 /**
- * How many bytes that nobody waits for yet (background copy, read-ahead) may be in flight: as many as fill the link, and no queue in front of
- * the guest's own reads. That is the link's rate times its round trip; both are measured from the answers, as BBR does (Cardwell et al.,
+ * How many bytes may be in flight on a link, so that what nobody waits for yet (background copy, read-ahead) fills it, and makes no queue in
+ * front of the guest's own reads. That is the link's rate times its round trip; both are measured from the answers, as BBR does (Cardwell et al.,
  * "BBR: Congestion-Based Congestion Control", 2016), one level above the transport, whose own control goes on below.
  *
  * - The rate is the greatest of the last rounds: bytes answered between a request and its answer, by the time between.
@@ -39,7 +39,7 @@ const NEAR = 1.1;
 const NEAR_MS = 1;
 const ROUND_TRIP_MS_MIN = 0.05;
 
-export class CopyWindow {
+export class LinkWindow {
   /** Bytes answered in all. */
   #answered = 0;
   /** Bytes a millisecond: the greatest of this stretch, and of the one before. */
@@ -76,8 +76,8 @@ export class CopyWindow {
     const rate = this.#rate;
     if (rate === 0) return busy ? WINDOW_BYTES_START / 4 : WINDOW_BYTES_START;
     const product = rate * this.#roundTripMs;
-    // What is in flight falls short of the window by up to a piece.
-    let window = this.#gain(busy) * product + piece;
+    // What is in flight falls short of the window by up to a piece, and each takes its own time on the link besides the round trip.
+    let window = this.#gain(busy) * product + 2 * piece;
     if (this.#starting) window = Math.max(WINDOW_BYTES_START, window);
     if (rate >= FAST_BYTES_PER_MS) window = Math.max(window, WINDOW_BYTES_FAST);
     return Math.min(WINDOW_BYTES_MAX, Math.max(piece, window));
@@ -95,8 +95,8 @@ export class CopyWindow {
   }
 
   /**
-   * A request of `bytes` took `latencyMs`, up to now; `mark`: what `sent` said; `full`: the window was used up while it was under way, so that
-   * the answers tell the link's rate and not ours.
+   * A request of `bytes` took `latencyMs`, up to now, whoever asked; `mark`: what `sent` said; `full`: the window was used up while it was under
+   * way, so that the answers tell the link's rate and not ours.
    */
   answered(bytes: number, latencyMs: number, mark: number, full: boolean, nowMs: number): void {
     this.#answered += bytes;
@@ -107,7 +107,10 @@ export class CopyWindow {
   }
 
   #measureRate(rate: number, full: boolean, nowMs: number): void {
-    const stretchMs = Math.max(RATE_MS_MIN, Number.isFinite(this.#roundTripMs) ? RATE_ROUNDS * this.#roundTripMs : 0);
+    const stretchMs = Math.max(
+      RATE_MS_MIN,
+      Number.isFinite(this.#roundTripMs) ? RATE_ROUNDS * this.#roundTripMs : 0,
+    );
     if (nowMs - this.#stretchAtMs > stretchMs && full) {
       this.#rateBefore = this.#rateNow;
       this.#rateNow = 0;

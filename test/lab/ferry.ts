@@ -19,8 +19,8 @@ import type { BlockDevice } from '../../src/nbd/device.js';
 import type { ExportEntry } from '../../src/nbd/server/exports.js';
 import { Listener } from '../../src/nbd/server/listener.js';
 import { type Session, startSession } from '../../src/nbd/server/session.js';
-import { Link, type LinkOptions } from '../../src/relocation/link.js';
 import type { BackgroundOrder } from '../../src/relocation/background.js';
+import { Link, type LinkOptions } from '../../src/relocation/link.js';
 import type { RelocationTiming } from '../../src/relocation/relocation.js';
 import { type Call, MemoryDevice } from '../fakes/memory-device.js';
 

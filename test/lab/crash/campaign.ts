@@ -143,6 +143,8 @@ export class Campaign {
         sourceUri: this.sourceUri,
         standby,
         background,
+        // Without a background copy only what is read comes: tests count on it.
+        readAhead: background,
         rateBytesPerSecond,
         sourceTimeoutMs: null,
       },

@@ -1,7 +1,13 @@
 /** Order policies: what they name, and in which order. */
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { HOT_REGIONS_MAX, Hot, Neighbours, type Order, REGION_BLOCKS } from '../../../src/relocation/order.js';
+import {
+  HOT_REGIONS_MAX,
+  Hot,
+  Neighbours,
+  type Order,
+  REGION_BLOCKS,
+} from '../../../src/relocation/order.js';
 
 const REGION_BYTES = REGION_BLOCKS * 4096;
 
@@ -73,7 +79,10 @@ test('hot: what is learned later is sorted in', () => {
 test('hot: of a huge volume the hottest regions are remembered', () => {
   const order = new Hot();
   const count = 3 * HOT_REGIONS_MAX;
-  const extents = Array.from({ length: count }, (_, region) => ({ length: REGION_BYTES, flags: 1 + (region % 1000) }));
+  const extents = Array.from({ length: count }, (_, region) => ({
+    length: REGION_BYTES,
+    flags: 1 + (region % 1000),
+  }));
   order.learn(0, extents);
   const regions = named(order);
   assert.ok(regions.length <= 2 * HOT_REGIONS_MAX && regions.length >= HOT_REGIONS_MAX);

@@ -2,7 +2,18 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { Errno } from '../../../src/nbd/constants.js';
-import { assertBlocks, BLOCK, errnoOfRequest, KIB, Lab, MIB, quiet, readAt, until, writeAt } from '../../lab/ferry.js';
+import {
+  assertBlocks,
+  BLOCK,
+  errnoOfRequest,
+  KIB,
+  Lab,
+  MIB,
+  quiet,
+  readAt,
+  until,
+  writeAt,
+} from '../../lab/ferry.js';
 
 const SIZE = 16 * MIB;
 const STEP = 64 * KIB;
@@ -15,7 +26,10 @@ async function streaming(t: Parameters<typeof lab>[0]) {
   return { source, proxy, guest };
 }
 
-async function lab(t: ConstructorParameters<typeof Lab>[0], options: { readAhead?: boolean; order?: 'hot' | 'linear'; background?: boolean }) {
+async function lab(
+  t: ConstructorParameters<typeof Lab>[0],
+  options: { readAhead?: boolean; order?: 'hot' | 'linear'; background?: boolean },
+) {
   const ferries = new Lab(t);
   const source = await ferries.source(SIZE);
   const proxy = await ferries.proxy(source, options);
@@ -59,7 +73,10 @@ test('a paused copy does not stop it', async (t) => {
   const before = proxy.status.presentBytes;
   await readAt(guest, 8 * MIB, STEP);
   await readAt(guest, 8 * MIB + STEP, STEP);
-  await until(() => proxy.status.presentBytes > before + 3 * STEP || proxy.status.phase === 'plain', 'it is ahead');
+  await until(
+    () => proxy.status.presentBytes > before + 3 * STEP || proxy.status.phase === 'plain',
+    'it is ahead',
+  );
 });
 
 test('a guest that writes in front of itself is never overwritten', async (t) => {

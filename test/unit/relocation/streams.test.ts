@@ -37,7 +37,11 @@ class Disk {
   /** Fetches all that the streams want. */
   fetch(): Run[] {
     const runs: Run[] = [];
-    for (let run = this.streams.next(PIECE, this.find); run !== undefined; run = this.streams.next(PIECE, this.find)) {
+    for (
+      let run = this.streams.next(PIECE, this.find);
+      run !== undefined;
+      run = this.streams.next(PIECE, this.find)
+    ) {
       assert.ok(run.first >= 0 && run.end <= BLOCKS && run.first < run.end, JSON.stringify(run));
       assert.ok(run.end - run.first <= PIECE);
       for (let block = run.first; block < run.end; block++) {
@@ -174,7 +178,10 @@ test('the end of the volume, and its start, end a stream', () => {
 
 test('whatever is read: nothing outside the volume is asked for, nothing twice, and it ends', () => {
   const read = fc.tuple(
-    fc.oneof(fc.integer({ min: 0, max: BLOCKS - 1 }), fc.integer({ min: 0, max: 40 }).map((n) => n * 16)),
+    fc.oneof(
+      fc.integer({ min: 0, max: BLOCKS - 1 }),
+      fc.integer({ min: 0, max: 40 }).map((n) => n * 16),
+    ),
     fc.integer({ min: 1, max: 300 }),
     fc.boolean(),
   );

@@ -1,7 +1,12 @@
 /** The window on simulated links: full use of them, and no queue in front of the guest, also after minutes. */
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { CopyWindow, PIECE_BYTES_MAX, PIECE_BYTES_MIN, WINDOW_BYTES_MAX } from '../../../src/relocation/window.js';
+import {
+  LinkWindow,
+  PIECE_BYTES_MAX,
+  PIECE_BYTES_MIN,
+  WINDOW_BYTES_MAX,
+} from '../../../src/relocation/window.js';
 
 interface Sent {
   at: number;
@@ -18,7 +23,7 @@ interface Line {
 
 /** Copies for `seconds` over a link, and tells its use and the queue in the last third. Time and bandwidth may change with time. */
 function copy(link: Line, seconds: number, busy = false) {
-  const window = new CopyWindow();
+  const window = new LinkWindow();
   const sent: Sent[] = [];
   let now = 0;
   let inFlight = 0;
@@ -108,7 +113,7 @@ test('a link that becomes ten times as slow loses its queue again, one that beco
 });
 
 test('while the round trip is measured anew only one request may be in flight', () => {
-  const window = new CopyWindow();
+  const window = new LinkWindow();
   window.answered(1 << 16, 10, window.sent(), false, 10);
   window.answered(1 << 16, 200, window.sent(), false, 20_000);
   assert.equal(window.bytes(false), window.pieceBytes);
@@ -119,10 +124,16 @@ test('while the round trip is measured anew only one request may be in flight', 
 });
 
 test('what a rate limit holds back does not make the link slow', () => {
-  const window = new CopyWindow();
+  const window = new LinkWindow();
   let now = 0;
-  for (let n = 0; n < 200; n++) window.answered(1 << 18, 20, window.sent() - (1 << 20), true, (now += 5));
+  for (let n = 0; n < 200; n++) {
+    now += 5;
+    window.answered(1 << 18, 20, window.sent() - (1 << 20), true, now);
+  }
   const before = window.bytes(false);
-  for (let n = 0; n < 1000; n++) window.answered(1 << 18, 25, window.sent(), false, (now += 500));
+  for (let n = 0; n < 1000; n++) {
+    now += 500;
+    window.answered(1 << 18, 25, window.sent(), false, now);
+  }
   assert.ok(window.bytes(false) >= before / 2, `${window.bytes(false)} after ${before}`);
 });
