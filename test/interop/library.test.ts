@@ -16,7 +16,7 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
-import { repositoryRoot } from '../lab/guest.js';
+import { repositoryRoot } from '../lab/cache.js';
 import { startPeer } from './servers.js';
 import { attempt, needs, tool } from './tools.js';
 

@@ -5,29 +5,15 @@
  */
 
 import { execFile } from 'node:child_process';
-import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
-import {
-  chmod,
-  copyFile,
-  mkdir,
-  mkdtemp,
-  readdir,
-  readFile,
-  rename,
-  rm,
-  stat,
-  writeFile,
-} from 'node:fs/promises';
-import { homedir } from 'node:os';
-import { dirname, join, resolve } from 'node:path';
+import { chmod, copyFile, mkdir, readdir, readFile, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
+import { cached, compiled, repositoryRoot } from './cache.js';
 
 const run = promisify(execFile);
 
-/** Compiled, this file is dist/test/lab/guest.js. */
-export const repositoryRoot = resolve(dirname(fileURLToPath(import.meta.url)), '../../..');
 const sources = join(repositoryRoot, 'test/lab/guest');
 
 const KERNEL_META_PACKAGE = 'linux-image-cloud-amd64';
@@ -49,8 +35,6 @@ const MORE_MODULES = [
   'drivers/block/nbd.ko',
 ];
 const DOWNLOAD_TIMEOUT_MS = 120_000;
-/** Guests of earlier kernels and workloads, 17 MB each, go when a new one is built and they are older than this. */
-const CACHE_AGE_MAX_MS = 30 * 24 * 3_600_000;
 
 export interface Guest {
   kernel: string;
@@ -81,57 +65,46 @@ async function kernelPackage(): Promise<string> {
   return name;
 }
 
-function cacheFolder(): string {
-  const base = process.env.XDG_CACHE_HOME;
-  return join(base?.startsWith('/') ? base : join(homedir(), '.cache'), 'blockferry');
-}
-
 /** The guest, from the cache or built now (a few seconds). Several processes may ask at once. */
 export async function buildGuest(): Promise<Guest> {
   const kernel = await kernelPackage();
   const busybox = BUSYBOX.find((path) => existsSync(path));
   if (busybox === undefined)
     throw new Error('the test guest needs busybox-static: apt-get install busybox-static');
-  const hash = createHash('sha256').update(`${kernel}\0${MODULES.join()}\0${MORE_MODULES.join()}\0`);
-  for (const input of [
-    join(sources, 'workload.c'),
-    join(sources, 'init'),
-    busybox,
-    fileURLToPath(import.meta.url),
-  ]) {
-    hash.update(await readFile(input));
-  }
-  const folder = join(cacheFolder(), `guest-${hash.digest('hex').slice(0, 16)}`);
-  const modules = MORE_MODULES.map((module) => join(folder, moduleName(module)));
-  const guest = { kernel: join(folder, 'vmlinuz'), initrd: join(folder, 'initrd'), modules };
-  if (existsSync(guest.initrd)) return guest;
-
-  await mkdir(cacheFolder(), { recursive: true });
-  const work = await mkdtemp(join(cacheFolder(), 'build-'));
-  try {
-    const ready = join(work, 'ready');
-    await mkdir(ready);
-    await buildInto(work, ready, kernel, busybox);
-    await rename(ready, folder).catch((error: NodeJS.ErrnoException) => {
-      if (error.code !== 'ENOTEMPTY' && error.code !== 'EEXIST') throw error; // somebody else was first
-    });
-  } finally {
-    await rm(work, { recursive: true, force: true });
-  }
-  await forgetOldGuests();
-  return guest;
+  const workload = await compiled(join(sources, 'workload.c'), ['-static', '-s', '-lpthread']);
+  const init = join(sources, 'init');
+  const folder = await cached(
+    'guest',
+    [
+      kernel,
+      MODULES.join(),
+      MORE_MODULES.join(),
+      await readFile(workload),
+      await readFile(init),
+      await readFile(busybox),
+      await readFile(fileURLToPath(import.meta.url)),
+    ],
+    (ready, work) => buildInto(ready, work, { kernel, busybox, workload, init }),
+  );
+  return {
+    kernel: join(folder, 'vmlinuz'),
+    initrd: join(folder, 'initrd'),
+    modules: MORE_MODULES.map((module) => join(folder, moduleName(module))),
+  };
 }
 
-async function forgetOldGuests(): Promise<void> {
-  for (const name of await readdir(cacheFolder())) {
-    const path = join(cacheFolder(), name);
-    const info = await stat(path).catch(() => null);
-    if (info !== null && Date.now() - info.mtimeMs > CACHE_AGE_MAX_MS)
-      await rm(path, { recursive: true, force: true });
-  }
+interface Parts {
+  kernel: string;
+  busybox: string;
+  workload: string;
+  init: string;
 }
 
-async function buildInto(work: string, ready: string, kernel: string, busybox: string): Promise<void> {
+async function buildInto(
+  ready: string,
+  work: string,
+  { kernel, busybox, workload, init }: Parts,
+): Promise<void> {
   await run('apt-get', ['download', kernel], { cwd: work, timeout: DOWNLOAD_TIMEOUT_MS });
   const archive = (await readdir(work)).find((name) => name.endsWith('.deb'));
   if (archive === undefined) throw new Error(`apt-get download ${kernel} left no package`);
@@ -141,7 +114,8 @@ async function buildInto(work: string, ready: string, kernel: string, busybox: s
   await mkdir(join(root, 'bin'), { recursive: true });
   await mkdir(join(root, 'modules'));
   await copyFile(busybox, join(root, 'bin/busybox'));
-  await copyFile(join(sources, 'init'), join(root, 'init'));
+  await copyFile(workload, join(root, 'workload'));
+  await copyFile(init, join(root, 'init'));
   await chmod(join(root, 'init'), 0o755);
   const version = (await readdir(join(work, 'package/lib/modules')))[0]!;
   const tree = join(work, 'package/lib/modules', version, 'kernel');
@@ -149,9 +123,6 @@ async function buildInto(work: string, ready: string, kernel: string, busybox: s
     await copyModule(join(tree, module), join(root, 'modules', moduleName(module)));
   for (const module of MORE_MODULES) await copyModule(join(tree, module), join(ready, moduleName(module)));
   await writeFile(join(root, 'modules/order'), `${MODULES.map(moduleName).join('\n')}\n`);
-  const workload = join(sources, 'workload.c');
-  await run('gcc', ['-static', '-O2', '-Wall', '-o', join(root, 'workload'), workload, '-lpthread']);
-  await run('strip', [join(root, 'workload')]);
 
   const list = 'find . -print | sort | cpio --quiet -o -H newc -R 0:0 -F "$1"';
   await run('sh', ['-c', list, 'sh', join(ready, 'initrd')], { cwd: root });

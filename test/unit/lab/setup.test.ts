@@ -6,7 +6,7 @@ import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type TestContext, test } from 'node:test';
-import { repositoryRoot } from '../../lab/guest.js';
+import { repositoryRoot } from '../../lab/cache.js';
 
 const MIRROR = 'http://mirror.example.test/debian';
 const KEY = '/usr/share/keyrings/debian-archive-keyring.gpg';
