@@ -7,7 +7,7 @@ setup_node_min=20.19
 setup_qemu_major_min=8 # Debian 12's own QEMU 7.2 loses dirty RAM pages of guests without KVM
 setup_kernel_package=linux-image-cloud-amd64 # the test guest's: downloaded when it is built, never installed
 setup_packages=(
-  g++ make python3 # the native addon, the test guest
+  g++ make python3 # the native addon, the test guest, the WAN link
   nbdkit libnbd-bin python3-libnbd nbd-client nbd-server fio # real clients and servers to test with; libnbd-bin has nbdfuse
   busybox-static e2fsprogs cpio binutils # the test guest
   iproute2 iperf3 iputils-ping socat util-linux openssl
