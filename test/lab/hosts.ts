@@ -8,6 +8,7 @@ import { fileURLToPath } from 'node:url';
 import { stringify } from 'yaml';
 import { ControlClient } from '../../src/host/control/client.js';
 import type { MachineDefinition } from '../../src/hypervisor/driver.js';
+import { type WanHost, words as wordsOn } from './wan.js';
 
 export const BLOCKFERRY = fileURLToPath(new URL('../../../bin/blockferry', import.meta.url));
 
@@ -22,12 +23,14 @@ export interface Finished {
   stderr: string;
 }
 
-/** Starts `blockferry WORDS...` so that it dies with this process. */
+/** Starts `blockferry WORDS...`, on a host of a WAN lab or here, so that it dies with this process. */
 export function spawnBlockferry(
   words: readonly string[],
   stdio: 'pipe' | 'inherit-stderr' = 'pipe',
+  on?: WanHost,
 ): ChildProcess {
-  return spawn('setpriv', ['--pdeathsig', 'KILL', '--', process.execPath, BLOCKFERRY, ...words], {
+  const command = [process.execPath, BLOCKFERRY, ...words];
+  return spawn('setpriv', ['--pdeathsig', 'KILL', '--', ...(on ? wordsOn(on, command) : command)], {
     stdio: ['ignore', 'pipe', stdio === 'pipe' ? 'pipe' : 'inherit'],
   });
 }
@@ -68,8 +71,8 @@ export class DaemonProcess {
     });
   }
 
-  static async start(words: readonly string[]): Promise<DaemonProcess> {
-    const daemon = new DaemonProcess(spawnBlockferry(words));
+  static async start(words: readonly string[], on?: WanHost): Promise<DaemonProcess> {
+    const daemon = new DaemonProcess(spawnBlockferry(words, 'pipe', on));
     try {
       await daemon.#ready(words[0] ?? '');
     } catch (error) {
@@ -125,6 +128,8 @@ export interface LabHostOptions {
   /** Folder of the test; the host gets one of its own in it. */
   folder: string;
   name: string;
+  /** Where its daemon and machines run, and what their addresses are; default here, and loopback. */
+  network?: WanHost;
   volumes?: { name: string; image: string; access?: string[]; connections?: number }[];
   vms?: MachineDefinition[];
   /** The configuration's `tls`. */
@@ -145,6 +150,7 @@ export class LabHost {
   static async start({
     folder,
     name,
+    network,
     volumes = [],
     vms = [],
     tls,
@@ -160,11 +166,12 @@ export class LabHost {
       control,
       images: join(home, 'images'),
       run: join(home, 'run'),
+      ...(network === undefined ? {} : { link: `${network.address}:0`, migrationAddress: network.address }),
       ...(tls === undefined ? {} : { tls }),
     };
     // The test's end is the machines' end too: no guest is given time to power off.
     writeFileSync(config, stringify({ ...settings, ...more, stopTimeoutSeconds: 0, volumes, vms }));
-    const daemon = await DaemonProcess.start(['host', '--config', config]);
+    const daemon = await DaemonProcess.start(['host', '--config', config], network);
     return new LabHost(name, home, daemon, control, new ControlClient(control));
   }
 

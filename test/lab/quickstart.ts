@@ -5,115 +5,27 @@
 
 import { parseArgs } from 'node:util';
 import { formatDuration, formatSize } from '../../src/cli/units.js';
-import type { MoveResult } from '../../src/migration/result.js';
-import { buildGuest } from './guest.js';
-import { LabHost, runBlockferry } from './hosts.js';
-import { GuestMonitor, type GuestVerdict } from './monitor.js';
-import { checkRawDisk, createExt4Disk, createRawDisk } from './records.js';
-import { guestMachine, labMissing, testFolder } from './vm.js';
+import { moveVerified, type VerifiedMove } from './verified-move.js';
 
 const MIB = 1 << 20;
 const DISK_BYTES = 256 * MIB;
 const SLOTS = 16_384; // 64 MiB of records
+const DIRTY_MIB = 16;
+/** For memory and for the disk, each: slow enough that there is something to see. Over a WAN the line is slow enough. */
+const BANDWIDTH = '40M/s';
 /** How long the guest works at each place before and after the move, in heartbeats of 10 ms. */
 const WORK_HEARTBEATS = 200;
+const WAN = { rttMs: 20, rateBitsPerSecond: 100e6, queueMs: 50 };
+/** Long enough for a rate before, and one at the destination from 10 s on. */
+const WAN_WORK_HEARTBEATS = 500;
+const WAN_WATCH_MS = 20_000;
 
 const say = (text: string): void => console.log(`\n== ${text}`);
+const detail = (text: string): void => console.log(text);
 
-function fail(why: string): never {
-  throw new Error(why);
-}
-
-interface Outcome {
-  move: MoveResult;
-  gapMs: number;
-  verdict: GuestVerdict;
-}
-
-async function run(
-  mode: 'raw' | 'ext4',
-  bandwidth: string,
-  cleanUp: (() => Promise<unknown>)[],
-): Promise<Outcome> {
-  const missing = await labMissing();
-  if (missing !== null) fail(missing);
-  say(
-    'building the test guest (a kernel package, busybox and a workload that writes numbered, checksummed records)',
-  );
-  const guest = await buildGuest();
-  const folder = await testFolder();
-  cleanUp.push(folder.remove);
-
-  say(`starting host A with a ${formatSize(DISK_BYTES)} disk, and host B with nothing`);
-  const image = `${folder.path}/disk.img`;
-  if (mode === 'raw') await createRawDisk(image, DISK_BYTES, SLOTS);
-  else await createExt4Disk(image, DISK_BYTES, SLOTS, 4);
-  const workload = { mode, slots: SLOTS, rate: 500, dirty: 16, ...(mode === 'ext4' ? { files: 4 } : {}) };
-  const vm = guestMachine({ name: 'vm1', guest, volume: 'disk', workload });
-  const a = await LabHost.start({
-    folder: folder.path,
-    name: 'a',
-    volumes: [{ name: 'disk', image }],
-    vms: [vm],
-  });
-  cleanUp.push(() => a.stop());
-  const b = await LabHost.start({ folder: folder.path, name: 'b' });
-  cleanUp.push(() => b.stop());
-  const monitor = new GuestMonitor();
-  cleanUp.push(async () => monitor.close());
-
-  say('booting the guest on host A; it writes, syncs and reads back');
-  await a.client.startMachine('vm1');
-  await monitor.attach('a', await a.serialPath('vm1', AbortSignal.abort()));
-  await monitor.ready();
-  await monitor.progress('a', { count: WORK_HEARTBEATS, records: 100 });
-  console.log(`${monitor.last!.records} records written, ${monitor.last!.checked} read back and compared`);
-
-  say(`blockferry migrate vm1 --from ${a.control} --to ${b.control} --bandwidth ${bandwidth}`);
-  const move = await migrate(a, b, bandwidth, monitor);
-  await monitor.progress('b', { count: WORK_HEARTBEATS, records: 100 });
-
-  say('stopping the source daemon: the guest does not need it any more');
-  const code = await a.stop();
-  if (code !== 0) fail(`the source daemon ended with code ${code}: ${a.daemon.stderr}`);
-  await monitor.progress('b', { count: WORK_HEARTBEATS, records: 100 });
-  const gapMs = monitor.longestGapMs();
-
-  say('verifying every record on host B');
-  const verdict = await monitor.finish('b');
-  await b.client.stopMachine('vm1', { mode: 'quit' });
-  if (mode === 'raw') {
-    const check = await checkRawDisk(await b.imageOf('disk'), SLOTS);
-    if (check.bad > 0 || check.digest !== verdict.digest)
-      fail(`the image on host B differs from what the guest wrote: ${JSON.stringify(check)}`);
-  }
-  if (monitor.complaints.length > 0)
-    fail(`the guest complains: ${monitor.complaints.slice(0, 5).join(' | ')}`);
-  return { move, gapMs, verdict };
-}
-
-async function migrate(
-  a: LabHost,
-  b: LabHost,
-  bandwidth: string,
-  monitor: GuestMonitor,
-): Promise<MoveResult> {
-  const over = new AbortController();
-  const attached = b.serialPath('vm1', over.signal).then((path) => monitor.attach('b', path));
-  attached.catch(() => undefined);
-  const words = ['migrate', 'vm1', '--from', a.control, '--to', b.control, '--bandwidth', bandwidth];
-  words.push('--state-dir', a.folder, '--json');
-  const { code, stdout, stderr } = await runBlockferry(words, {
-    onLine: (line) => console.log(`   ${line}`),
-  });
-  over.abort();
-  if (code !== 0) fail(`migrate ended with code ${code}: ${stderr.trim().split('\n').at(-1)}`);
-  await attached;
-  return JSON.parse(stdout) as MoveResult;
-}
-
-function summary({ move, gapMs, verdict }: Outcome): string {
+function summary({ move, gapMs, verdict, wan }: VerifiedMove): string {
   const time = (ms: number | null): string => (ms === null ? 'unknown' : formatDuration(ms));
+  const rate = (value: number | null): string => (value === null ? 'unknown' : value.toFixed(0));
   const rows: [string, string][] = [
     ['downtime, as QEMU reports it', time(move.downtimeMs)],
     ['longest heartbeat gap', time(gapMs)],
@@ -126,6 +38,17 @@ function summary({ move, gapMs, verdict }: Outcome): string {
     ['records verified', `${verdict.checked} while it worked, ${verdict.slots} at the end`],
     ['errors', String(verdict.bad + verdict.errors + verdict.ramErrors)],
   ];
+  if (wan !== null) {
+    const { before, first5s, from10s } = wan.recordsPerSecond;
+    const { aToB, bToA } = wan.bytes;
+    rows.push(
+      ['records a second before', rate(before)],
+      ['in the first 5 s on host B', rate(first5s)],
+      ['from 10 s on', rate(from10s)],
+      ['over the line', `${formatSize(aToB)} from A to B, ${formatSize(bToA)} back`],
+      ['of that memory, says QEMU', move.ramBytes === null ? 'unknown' : formatSize(move.ramBytes)],
+    );
+  }
   return rows.map(([what, value]) => `   ${what.padEnd(30)}${value}`).join('\n');
 }
 
@@ -134,23 +57,28 @@ async function main(): Promise<void> {
     options: {
       /** What the guest has on its disk: a file system, or records from the first byte on. */
       mode: { type: 'string', default: 'ext4' },
-      /** For memory and for the disk, each: slow enough that there is something to see. */
-      bandwidth: { type: 'string', default: '40M/s' },
+      bandwidth: { type: 'string' },
+      /** Between two network namespaces, over a line of 100 Mbit/s with a round trip of 20 ms. */
+      wan: { type: 'boolean', default: false },
     },
   });
-  const { mode, bandwidth } = values;
-  if (mode !== 'raw' && mode !== 'ext4') fail('--mode is raw or ext4');
-  const cleanUp: (() => Promise<unknown>)[] = [];
-  try {
-    const outcome = await run(mode, bandwidth, cleanUp);
-    say('summary');
-    console.log(summary(outcome));
-    const { bad, errors, ramErrors } = outcome.verdict;
-    if (bad + errors + ramErrors > 0) fail(`${bad} bad records, ${errors} errors, ${ramErrors} RAM errors`);
-    console.log('\nThe machine moved with its disk, and every record is right.');
-  } finally {
-    for (const step of cleanUp.reverse()) await step().catch((error) => console.error(error));
-  }
+  const { mode, bandwidth, wan } = values;
+  if (mode !== 'raw' && mode !== 'ext4') throw new Error('--mode is raw or ext4');
+  const outcome = await moveVerified({
+    mode,
+    diskBytes: DISK_BYTES,
+    slots: SLOTS,
+    dirtyMiB: DIRTY_MIB,
+    bandwidth: bandwidth ?? (wan ? null : BANDWIDTH),
+    wan: wan ? WAN : null,
+    workHeartbeats: wan ? WAN_WORK_HEARTBEATS : WORK_HEARTBEATS,
+    watchMs: wan ? WAN_WATCH_MS : 0,
+    say,
+    detail,
+  });
+  say('summary');
+  console.log(summary(outcome));
+  console.log('\nThe machine moved with its disk, and every record is right.');
 }
 
 main().catch((error) => {
