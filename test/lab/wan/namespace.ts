@@ -5,7 +5,7 @@
 
 import { type ExecFileException, execFile } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
-import { existsSync, readdirSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { delimiter } from 'node:path';
 
 /** Where iproute2 keeps them. */
@@ -57,10 +57,19 @@ export function labNamespaces(pid?: number): string[] {
   });
 }
 
+/** False also for a process that ended and that nobody has waited for. */
+export function isRunning(pid: number): boolean {
+  try {
+    return !/\) [ZX] /.test(readFileSync(`/proc/${pid}/stat`, 'latin1'));
+  } catch {
+    return false;
+  }
+}
+
 /** Removes what labs of dead processes left. Several processes may do so at once. */
 export async function removeStaleNamespaces(): Promise<void> {
   for (const name of labNamespaces()) {
-    if (!existsSync(`/proc/${NAME.exec(name)![1]}`)) await removeNamespace(name);
+    if (!isRunning(Number(NAME.exec(name)![1]))) await removeNamespace(name);
   }
 }
 

@@ -3,11 +3,11 @@
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync } from 'node:fs';
+import { createInterface } from 'node:readline';
 import { type TestContext, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Count, DirectionStats, LinkStats } from '../../lab/wan/link.js';
-import { inNamespace, ip, labNamespaces, namespaceNames, runTool } from '../../lab/wan/namespace.js';
+import { inNamespace, ip, isRunning, labNamespaces, runTool } from '../../lab/wan/namespace.js';
 import { Peer } from '../../lab/wan/peer.js';
 import { type WanHost, WanLab, type WanOptions, wanMissing } from '../../lab/wan.js';
 
@@ -210,7 +210,7 @@ test('close leaves no namespace and no process', { skip, timeout }, async (t) =>
   await lab.close();
   await lab.close();
   assert.deepEqual(labNamespaces(process.pid), []);
-  assert.ok(!existsSync(`/proc/${lab.link.pid}`));
+  assert.ok(!isRunning(lab.link.pid));
   await server.ended; // it ran inside, and was not stopped by us
 });
 
@@ -229,12 +229,29 @@ test('a link that dies is told to whoever asks', { skip, timeout }, async (t) =>
   }, /SIGKILL/);
 });
 
-test('what a dead process left is removed by the next lab', { skip, timeout }, async (t) => {
-  const dead = spawn('true');
-  await once(dead, 'exit');
-  const [left] = namespaceNames().map((name) => name.replace(/\d+/, String(dead.pid)));
-  await ip(['netns', 'add', left!]);
-  assert.deepEqual(labNamespaces(dead.pid), [left]);
+test('nothing runs on when the process of a lab is killed, and the next lab removes the rest', {
+  skip,
+  timeout,
+}, async (t) => {
+  const module = (name: string): string => new URL(`../../lab/${name}`, import.meta.url).href;
+  const program = `
+    import { WanLab } from '${module('wan.js')}';
+    import { Peer } from '${module('wan/peer.js')}';
+    const lab = await WanLab.create({ rttMs: 1, rateBitsPerSecond: 1e7 });
+    const peer = Peer.start(lab.b, 'serve', lab.b.address);
+    await peer.port();
+    console.log(JSON.stringify([lab.link.pid, peer.child.pid]));`;
+  const owner = spawn(process.execPath, ['--input-type=module', '-e', program], {
+    stdio: ['ignore', 'pipe', 'inherit'],
+  });
+  t.after(() => owner.kill('SIGKILL'));
+  const [line] = await once(createInterface({ input: owner.stdout }), 'line');
+  assert.equal(labNamespaces(owner.pid).length, 2);
+  owner.kill('SIGKILL');
+  await once(owner, 'exit');
+  for (const pid of JSON.parse(line as string)) {
+    while (isRunning(pid)) await delay(POLL_MS);
+  }
   await open(t, { rttMs: 1, rateBitsPerSecond: 10 * MBIT });
-  assert.deepEqual(labNamespaces(dead.pid), []);
+  assert.deepEqual(labNamespaces(owner.pid), []);
 });
