@@ -106,7 +106,7 @@ export class Fetcher implements Supplier {
     const errno = await this.fetch('demand', first, end);
     const now = performance.now();
     this.demandLatency.add(now - began);
-    if (errno === Errno.OK) window.answered(bytes, now - began, mark, false, now);
+    if (errno === Errno.OK) window.demandAnswered(bytes, now - began, mark, now);
     this.#demandsInFlight--;
     this.#demandBytesInFlight -= bytes;
     this.onDemandDone?.();

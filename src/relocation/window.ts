@@ -5,9 +5,9 @@
  *
  * - The rate is the greatest of the last rounds: bytes answered between a request and its answer, by the time between.
  * - The round trip is the least time that a request of the last seconds took, its own bytes' time on the link included. It can only be seen on an idle link: when
- *   no answer came near it for a while (a queue of our own and a longer route cannot be told apart), one request goes alone.
- * - While the guest waits for reads of its own, the window is the product and hardly more. Otherwise it has some to spare, which is how a
- *   link that became faster is found out.
+ *   no answer was as quick for a while (a queue of our own and a longer route cannot be told apart), one request goes alone.
+ * - The window is moved around their product until a queue of a few milliseconds shows that the link is full, as LEDBAT has it (RFC 6817):
+ *   slower, and a shorter one, while the guest waits for reads of its own.
  */
 
 import { BLOCK_BYTES } from '../volume/blocks.js';
@@ -25,18 +25,21 @@ const PIECE_MS = 6;
 const START_GROWTH = 1.25;
 const START_ROUNDS = 3;
 const START_GAIN = 2;
-/** To spare, while the guest does not wait: whether the link became faster is found out at once. */
-const IDLE_GAIN = 1.25;
-/** While it does, in one of so many rounds. */
-const PROBE_GAIN = 1.125;
-const PROBE_ROUNDS = 8;
+/** The queue that is aimed at, which is what shows that the link is full; and pieces by which the window grows each round for want of it. */
+const QUEUE_MS = { busy: 3, idle: 5 };
+const GROWTH_PIECES = { busy: 0.5, idle: 1 };
+/** A queue so many times as long takes a part of the window at once. */
+const QUEUE_LONG = 4;
+const QUEUE_SHRINK = 0.8;
+/** Over the link's rate times its round trip, at most. */
+const GAIN_MAX = 1.25;
 /** The rate is the greatest of two such stretches. */
 const RATE_MS_MIN = 1_000;
 const RATE_ROUNDS = 10;
-/** The round trip is measured anew when nothing came near it for so long. */
+/** The round trip is measured anew when nothing was as short for so long. */
 const ROUND_TRIP_MS = 10_000;
-const NEAR = 1.1;
-const NEAR_MS = 1;
+/** Reads whose own bytes take next to no time on the link. */
+const SHORT_BYTES_MAX = 16 << 10;
 const ROUND_TRIP_MS_MIN = 0.05;
 
 export class LinkWindow {
@@ -47,7 +50,11 @@ export class LinkWindow {
   #rateBefore = 0;
   #stretchAtMs = 0;
   #roundTripMs = Number.POSITIVE_INFINITY;
-  #nearAtMs = 0;
+  #roundTripAtMs = 0;
+  /** The least times of the guest's short reads: of this stretch, and of the one before. */
+  #shortNowMs = Number.POSITIVE_INFINITY;
+  #shortBeforeMs = Number.POSITIVE_INFINITY;
+  #shortAtMs = 0;
   /** Measuring the round trip since. */
   #probedAtMs: number | null = null;
   /** The round ends with the answer to what is sent when so much was answered. */
@@ -55,7 +62,11 @@ export class LinkWindow {
   #starting = true;
   #startRate = 0;
   #startRounds = 0;
-  #round = 0;
+  /** The window, once the start is over. */
+  #bytes = 0;
+  #busy = false;
+  /** The least delay over an idle link's in this round. */
+  #queueMs = Number.POSITIVE_INFINITY;
 
   get #rate(): number {
     return Math.max(this.#rateNow, this.#rateBefore);
@@ -75,18 +86,18 @@ export class LinkWindow {
     if (this.#probedAtMs !== null) return piece;
     const rate = this.#rate;
     if (rate === 0) return busy ? WINDOW_BYTES_START / 4 : WINDOW_BYTES_START;
-    const product = rate * this.#roundTripMs;
     // What is in flight falls short of the window by up to a piece, and each takes its own time on the link besides the round trip.
-    let window = this.#gain(busy) * product + 2 * piece;
-    if (this.#starting) window = Math.max(WINDOW_BYTES_START, window);
+    const full = rate * this.#usualMs + 2 * piece;
+    let window: number;
+    if (this.#starting) window = Math.max(WINDOW_BYTES_START, START_GAIN * full);
+    else {
+      this.#busy = busy;
+      if (this.#bytes === 0) this.#bytes = full;
+      this.#bytes = Math.min(GAIN_MAX * full, Math.max(2 * piece, this.#bytes));
+      window = this.#bytes;
+    }
     if (rate >= FAST_BYTES_PER_MS) window = Math.max(window, WINDOW_BYTES_FAST);
     return Math.min(WINDOW_BYTES_MAX, Math.max(piece, window));
-  }
-
-  #gain(busy: boolean): number {
-    if (this.#starting) return START_GAIN;
-    if (!busy) return IDLE_GAIN;
-    return this.#round % PROBE_ROUNDS === 0 ? PROBE_GAIN : 1;
   }
 
   /** A request is sent: what `answered` wants to know of it later. */
@@ -95,15 +106,37 @@ export class LinkWindow {
   }
 
   /**
-   * A request of `bytes` took `latencyMs`, up to now, whoever asked; `mark`: what `sent` said; `full`: the window was used up while it was under
-   * way, so that the answers tell the link's rate and not ours.
+   * A request of `bytes` took `latencyMs`, up to now; `mark`: what `sent` said; `full`: the window was used up while it was under way, so that
+   * the answers tell the link's rate and not ours.
    */
   answered(bytes: number, latencyMs: number, mark: number, full: boolean, nowMs: number): void {
     this.#answered += bytes;
     const tookMs = Math.max(latencyMs, ROUND_TRIP_MS_MIN);
     this.#measureRate((this.#answered - mark) / tookMs, full, nowMs);
     this.#measureRoundTrip(tookMs, nowMs);
-    if (mark >= this.#roundEnd) this.#endRound(full);
+    this.#queueMs = Math.min(this.#queueMs, tookMs - this.#usualMs);
+    if (mark >= this.#roundEnd) this.#endRound(full, nowMs);
+  }
+
+  /** Likewise a read of the guest's. A short one that meets no queue shows the round trip better than ours do. */
+  demandAnswered(bytes: number, latencyMs: number, mark: number, nowMs: number): void {
+    this.#answered += bytes;
+    const tookMs = Math.max(latencyMs, ROUND_TRIP_MS_MIN);
+    this.#measureRate((this.#answered - mark) / tookMs, false, nowMs);
+    if (bytes > SHORT_BYTES_MAX) return;
+    if (nowMs - this.#shortAtMs > ROUND_TRIP_MS) {
+      this.#shortBeforeMs = this.#shortNowMs;
+      this.#shortNowMs = Number.POSITIVE_INFINITY;
+      this.#shortAtMs = nowMs;
+    }
+    this.#shortNowMs = Math.min(this.#shortNowMs, tookMs);
+  }
+
+  /** What a request of ours takes on an idle link. */
+  get #usualMs(): number {
+    const shortMs = Math.min(this.#shortNowMs, this.#shortBeforeMs);
+    const rate = this.#rate;
+    return rate === 0 ? this.#roundTripMs : Math.min(this.#roundTripMs, shortMs + this.pieceBytes / rate);
   }
 
   #measureRate(rate: number, full: boolean, nowMs: number): void {
@@ -126,20 +159,30 @@ export class LinkWindow {
       if (nowMs - tookMs <= this.#probedAtMs) return;
       this.#probedAtMs = null;
       this.#roundTripMs = tookMs;
-      this.#nearAtMs = nowMs;
-    } else if (tookMs <= NEAR * this.#roundTripMs + NEAR_MS) {
-      this.#roundTripMs = Math.min(this.#roundTripMs, tookMs);
-      this.#nearAtMs = nowMs;
-    } else if (nowMs - this.#nearAtMs > ROUND_TRIP_MS) this.#probedAtMs = nowMs;
+      this.#roundTripAtMs = nowMs;
+    } else if (tookMs <= this.#roundTripMs) {
+      this.#roundTripMs = tookMs;
+      this.#roundTripAtMs = nowMs;
+    } else if (nowMs - this.#roundTripAtMs > ROUND_TRIP_MS) this.#probedAtMs = nowMs;
   }
 
-  #endRound(full: boolean): void {
+  #endRound(full: boolean, nowMs: number): void {
     this.#roundEnd = this.#answered;
-    this.#round++;
-    if (!this.#starting || !full) return;
+    const queueMs = this.#queueMs;
+    this.#queueMs = Number.POSITIVE_INFINITY;
+    if (!this.#starting) {
+      const kind = this.#busy ? 'busy' : 'idle';
+      if (queueMs > QUEUE_LONG * QUEUE_MS[kind]) this.#bytes *= QUEUE_SHRINK;
+      else this.#bytes += (1 - queueMs / QUEUE_MS[kind]) * GROWTH_PIECES[kind] * this.pieceBytes;
+      return;
+    }
+    if (!full) return;
     if (this.#rate >= this.#startRate * START_GROWTH) {
       this.#startRate = this.#rate;
       this.#startRounds = 0;
-    } else if (++this.#startRounds >= START_ROUNDS) this.#starting = false;
+    } else if (++this.#startRounds >= START_ROUNDS) {
+      this.#starting = false;
+      this.#probedAtMs = nowMs; // what went before had queues of its own, and the transport's start, in its way
+    }
   }
 }
