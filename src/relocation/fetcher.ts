@@ -248,19 +248,36 @@ export class Fetcher implements Supplier {
       const upper = await this.#transfer(fetch, epoch, middle, end, buffer);
       return lower === Errno.OK ? upper : lower;
     }
+    if (!stale && failure === undefined && lane === 'bulk' && this.#link.window.fast)
+      return this.#keepLater(epoch, first, end, buffer, bytes);
     this.#inFlight.unmark(first, end);
     if (stale) {
       this.#store.retry(first, end);
       return Errno.OK;
     }
-    return failure === undefined
-      ? this.#keep(epoch, first, end, buffer, lane, bytes)
-      : this.#fail(first, end, failure);
+    if (failure !== undefined) return this.#fail(first, end, failure);
+    this.traffic[lane === 'demand' ? 'demandBytes' : 'backgroundBytes'] += bytes;
+    return this.#kept(this.#store.fill(epoch, first, end, buffer, 0), first, end);
   }
 
-  #keep(epoch: number, first: number, end: number, buffer: Buffer, lane: Lane, bytes: number): number {
-    this.traffic[lane === 'demand' ? 'demandBytes' : 'backgroundBytes'] += bytes;
-    const errno = this.#store.fill(epoch, first, end, buffer, 0);
+  /** In flight until a thread has written it: nobody need ask for it again. */
+  async #keepLater(
+    epoch: number,
+    first: number,
+    end: number,
+    buffer: Buffer,
+    bytes: number,
+  ): Promise<number> {
+    const errno = await this.#store.fillLater(epoch, first, end, buffer, 0);
+    this.#inFlight.unmark(first, end);
+    this.traffic.backgroundBytes += bytes;
+    this.#kept(errno, first, end);
+    // Who came meanwhile for blocks that were left alone did not ask for them.
+    this.#store.retry(first, end);
+    return errno;
+  }
+
+  #kept(errno: number, first: number, end: number): number {
     if (errno === Errno.ENOSPC) this.#store.overflow(first, end);
     else if (errno !== Errno.OK) this.#store.giveUp(first, end, errno);
     return errno;

@@ -72,6 +72,11 @@ export class LinkWindow {
     return Math.max(this.#rateNow, this.#rateBefore);
   }
 
+  /** So much comes that the processors decide. */
+  get fast(): boolean {
+    return this.#rate >= FAST_BYTES_PER_MS;
+  }
+
   /** Bytes of one request: a power of two. */
   get pieceBytes(): number {
     const rate = this.#rate;
@@ -96,7 +101,7 @@ export class LinkWindow {
       this.#bytes = Math.min(GAIN_MAX * full, Math.max(2 * piece, this.#bytes));
       window = this.#bytes;
     }
-    if (rate >= FAST_BYTES_PER_MS) window = Math.max(window, WINDOW_BYTES_FAST);
+    if (this.fast) window = Math.max(window, WINDOW_BYTES_FAST);
     return Math.min(WINDOW_BYTES_MAX, Math.max(piece, window));
   }
 

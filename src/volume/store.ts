@@ -465,6 +465,29 @@ export class BlockStore {
     return Errno.OK;
   }
 
+  /**
+   * As `fill`, by a thread, when so much comes that this one would do little else. Resolves with an errno; `buffer` must stay as it is until then.
+   */
+  async fillLater(epoch: number, first: number, end: number, buffer: Buffer, at: number): Promise<number> {
+    for (let block = first; block < end; ) {
+      const { presence } = this;
+      if (epoch !== this.epoch || !this.keeps || presence === null) return Errno.OK;
+      block = presence.nextMissing(block, end);
+      if (block >= end) break;
+      const run = this.#locks.run(block, presence.nextPresent(block, end));
+      if (!run.locked) {
+        const lock = this.#locks.lock(block, run.end);
+        const bytes = bytesOfBlocks(block, run.end, this.image.size);
+        const from = at + (block - first) * BLOCK_BYTES;
+        const done = await this.image.writeLater(buffer, from, bytes, block * BLOCK_BYTES);
+        this.#unlock(lock, done === 0 && epoch === this.epoch);
+        if (done !== 0) return errnoOfSystem(done);
+      }
+      block = run.end;
+    }
+    return Errno.OK;
+  }
+
   /** Keeps that the missing blocks of [first, end) are zeros at the source. Resolves with an errno. */
   async fillZeroes(epoch: number, first: number, end: number): Promise<number> {
     for (let block = first; block < end; ) {

@@ -1,9 +1,10 @@
 /** Any guest, any source that breaks: what the guest reads, and the image in the end, equal a model of its answered requests. */
 import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
-import { type TestContext, test } from 'node:test';
+import { mock, type TestContext, test } from 'node:test';
 import fc from 'fast-check';
 import { Errno } from '../../src/nbd/constants.js';
+import { LinkWindow } from '../../src/relocation/window.js';
 import { assertBlocks, BLOCK, Lab, pattern, readAt, writeAt } from '../lab/ferry.js';
 
 const SIZE = 96 * BLOCK + 700;
@@ -61,10 +62,13 @@ interface Settings {
   background: boolean;
   readAhead: boolean;
   sparse: boolean;
+  /** Threads write what the copy brings. */
+  fast: boolean;
 }
 
 async function run(steps: readonly Step[], settings: Settings): Promise<void> {
   const closers: (() => Promise<void>)[] = [];
+  mock.getter(LinkWindow.prototype, 'fast', () => settings.fast);
   const lab = new Lab({
     after: (close: () => Promise<void>) => closers.push(close),
   } as unknown as TestContext);
@@ -72,6 +76,7 @@ async function run(steps: readonly Step[], settings: Settings): Promise<void> {
     await inTime('the run', 20_000, runIn(lab, steps, settings));
   } finally {
     for (const close of closers) await inTime('the end', 20_000, close());
+    mock.restoreAll();
   }
 }
 
@@ -197,7 +202,12 @@ test('a guest over a source whose connections break', async () => {
   await fc.assert(
     fc.asyncProperty(
       fc.array(step, { minLength: 5, maxLength: 60 }),
-      fc.record({ background: fc.boolean(), readAhead: fc.boolean(), sparse: fc.boolean() }),
+      fc.record({
+        background: fc.boolean(),
+        readAhead: fc.boolean(),
+        sparse: fc.boolean(),
+        fast: fc.boolean(),
+      }),
       run,
     ),
     { numRuns: 40, interruptAfterTimeLimit: 25_000, includeErrorInReport: true },

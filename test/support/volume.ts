@@ -151,10 +151,20 @@ export class HeldSource implements Supplier {
 
   /** The blocks' data arrives, fetched under `epoch`. */
   deliver(first: number, end: number, epoch = this.store.epoch): number {
+    return this.store.fill(epoch, first, end, this.#data(first, end), BLOCK_BYTES);
+  }
+
+  /** Likewise, and a thread keeps it. */
+  deliverLater(first: number, end: number, epoch = this.store.epoch): Promise<number> {
+    return this.store.fillLater(epoch, first, end, this.#data(first, end), BLOCK_BYTES);
+  }
+
+  /** Behind a block of something else. */
+  #data(first: number, end: number): Buffer {
     const bytes = bytesOfBlocks(first, end, this.store.image.size);
     const data = Buffer.alloc(BLOCK_BYTES + bytes, 0xdd);
     this.content.copy(data, BLOCK_BYTES, first * BLOCK_BYTES, first * BLOCK_BYTES + bytes);
-    return this.store.fill(epoch, first, end, data, BLOCK_BYTES);
+    return data;
   }
 
   /** Everything that was demanded arrives, until nothing is. */

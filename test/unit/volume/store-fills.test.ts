@@ -150,3 +150,84 @@ describe('fills', () => {
     assert.equal(it.presence.present, 0);
   });
 });
+
+describe('fills by a thread', () => {
+  test('are here when the thread says so, and not before', async () => {
+    it = await StoreFixture.of(6 * B + 10);
+    const { calls } = it.hold('writeLater');
+    const reads = [new Io(0, B), new Io(6 * B, 10)];
+    for (const read of reads) it.store.read(read);
+    const filled = it.source.deliverLater(0, 7);
+    assert.equal(it.presence.present, 0);
+    assert.equal(reads[0]!.errno, undefined);
+    await calls[0]!.release();
+    assert.equal(await filled, Errno.OK);
+    assert.deepEqual(
+      reads.map(({ errno }) => errno),
+      [Errno.OK, Errno.OK],
+    );
+    for (let block = 0; block < 6; block++) it.holds(block, it.sourceBlock(block));
+    assert.equal(it.presence.complete, true);
+    assert.equal(calls.length, 1);
+  });
+
+  test('a write into what is being filled waits, and wins; one elsewhere does not wait', async () => {
+    it = await StoreFixture.of(8 * B);
+    const { calls } = it.hold('writeLater');
+    const filled = it.source.deliverLater(2, 6);
+    const inside = Io.write(3 * B + 5, patterned(B, 7));
+    const outside = Io.write(6 * B, patterned(B, 8));
+    it.store.write(inside);
+    it.store.write(outside);
+    assert.deepEqual([inside.errno, outside.errno], [undefined, Errno.OK]);
+    assert.equal(it.store.direct().writes, false);
+    await calls[0]!.release();
+    assert.equal(await filled, Errno.OK);
+    assert.equal(inside.errno, Errno.OK);
+    const wanted = Buffer.from(it.source.content.subarray(2 * B, 6 * B));
+    patterned(B, 7).copy(wanted, B + 5);
+    assert.ok(it.onDisk(2 * B, 4 * B).equals(wanted));
+  });
+
+  test('what the guest wrote before stays, and what it has in hand is left alone', async () => {
+    it = await StoreFixture.of(8 * B);
+    const { calls: zeroing } = it.hold('zero');
+    const own = patterned(B, 3);
+    it.store.write(Io.write(1 * B, own));
+    const zero = new Io(4 * B, B);
+    it.store.zero(zero);
+    const { calls } = it.hold('writeLater');
+    const filled = it.source.deliverLater(0, 8);
+    for (let call = 0; call < 3; call++) {
+      assert.equal(calls.length, call + 1); // [0, 1), [2, 4), [5, 8)
+      await calls[call]!.release();
+    }
+    assert.equal(await filled, Errno.OK);
+    it.holds(1, own);
+    assert.equal(it.presence.has(4), false);
+    await zeroing[0]!.release();
+    it.holds(4, zeros);
+    assert.equal(calls.length, 3);
+  });
+
+  test('whose epoch ends meanwhile count for nothing', async () => {
+    it = await StoreFixture.of(4 * B);
+    const { calls } = it.hold('writeLater');
+    const filled = it.source.deliverLater(0, 2);
+    it.store.epoch++;
+    await calls[0]!.release();
+    assert.equal(await filled, Errno.OK);
+    assert.equal(it.presence.present, 0);
+    assert.equal(await it.source.deliverLater(2, 4, it.store.epoch - 1), Errno.OK);
+    assert.equal(calls.length, 1);
+  });
+
+  test('that fail are not here', async () => {
+    it = await StoreFixture.of(4 * B);
+    const { calls } = it.hold('writeLater');
+    const filled = it.source.deliverLater(0, 4);
+    await calls[0]!.release(-28);
+    assert.equal(await filled, Errno.ENOSPC);
+    assert.equal(it.presence.present, 0);
+  });
+});
