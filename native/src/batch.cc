@@ -144,6 +144,7 @@ Batch execute(const Target& target, Form form, const uint8_t* in, size_t inBytes
       const int64_t got = readSome(target.fd, reply + dataHeadBytes, request.length, request.offset, target.nowait);
       if (got != static_cast<int64_t>(request.length))
         return stopped(target.nowait && (got >= 0 || got == -EAGAIN) ? Stop::kCold : Stop::kOther);
+      countHeat(target.heat, request.offset, request.length, kHeatReadShift);
       putDataHead(reply, form, request);
       batch.consumed += headBytes;
       batch.produced += dataHeadBytes + request.length;
@@ -151,6 +152,7 @@ Batch execute(const Target& target, Form form, const uint8_t* in, size_t inBytes
       if (left - headBytes < request.length) return stopped(Stop::kPartial);
       if (doneBytes > room) return stopped(Stop::kFull);
       if (writeAll(target.fd, head + headBytes, request.length, request.offset) < 0) return stopped(Stop::kOther);
+      countHeat(target.heat, request.offset, request.length, kHeatWriteShift);
       putDone(reply, form, request);
       batch.consumed += headBytes + request.length;
       batch.produced += doneBytes;

@@ -7,10 +7,13 @@
 //   (a read cut short, a failed write) is left to be done again there.
 // - A READ's reply is whole, or nothing of it is there.
 // - Bits of presence are read, never set: a WRITE that would make a block present is the session's.
+// - What was carried out here, and only that, is counted here.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "heat.h"
 
 namespace blockferry {
 
@@ -27,6 +30,7 @@ struct Target {
   uint32_t writeBytesMax;
   const uint8_t* present;   // bit i: block i of 4 KiB is here; nullptr: all are
   uint64_t presentBytes;    // of the bitmap
+  Heat heat;                // of `bytes` at least
 };
 
 enum class Stop : uint32_t {

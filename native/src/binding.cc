@@ -79,7 +79,7 @@ bool isJob(const ExchangeJob& job, size_t inBytes, size_t outBytes) {
 }
 
 napi_value Exchange(napi_env env, napi_callback_info info) {
-  Args<4> args(env, info);
+  Args<5> args(env, info);
   napi_typedarray_type type;
   size_t fields = 0;
   void* data = nullptr;
@@ -95,9 +95,14 @@ napi_value Exchange(napi_env env, napi_callback_info info) {
   napi_valuetype kind = napi_null;
   if (args.ok) napi_typeof(env, args[3], &kind);
   const Bytes present = kind == napi_null ? Bytes{} : args.bytes(3, "present");
+  napi_valuetype heatKind = napi_null;
+  if (args.ok) napi_typeof(env, args[4], &heatKind);
+  const bool counts = heatKind != napi_null && heatKind != napi_undefined;
+  const Bytes heat = counts ? args.bytes(4, "heat") : Bytes{};
   if (!args.ok) return nullptr;
   auto* job = static_cast<ExchangeJob*>(data);
-  if (!isJob(*job, in.length, out.length)) {
+  if (!isJob(*job, in.length, out.length) ||
+      (counts && heat.length < heatBytes(static_cast<uint64_t>(job->imageBytes)))) {
     napi_throw_range_error(env, "ERR_OUT_OF_RANGE", "a field of the job is out of its range");
     return nullptr;
   }
@@ -105,7 +110,8 @@ napi_value Exchange(napi_env env, napi_callback_info info) {
   // An empty bitmap has a bit for no block, and may have no address.
   static constexpr uint8_t kNoBits = 0;
   const uint8_t* bits = kind == napi_null ? nullptr : present.length == 0 ? &kNoBits : present.data;
-  const Ending ending = exchange(loop, *job, in.data, in.length, out.data, out.length, bits, present.length);
+  const Ending ending = exchange(loop, *job, in.data, in.length, out.data, out.length, bits, present.length,
+                                 Heat{counts ? heat.data : nullptr});
   return number(env, static_cast<int64_t>(ending));
 }
 

@@ -55,7 +55,13 @@ interface Addon {
   peerGone(fd: number): number;
   send(fd: number, buffer: Uint8Array, at: number, length: number, more: boolean): number;
   receivePayload(fd: number, buffer: Uint8Array, at: number, length: number, turnUs: number): number;
-  exchange(job: Float64Array, input: Uint8Array, output: Uint8Array, present: Uint8Array | null): number;
+  exchange(
+    job: Float64Array,
+    input: Uint8Array,
+    output: Uint8Array,
+    present: Uint8Array | null,
+    heat?: Uint8Array | null,
+  ): number;
   sendBuffer(fd: number, bytes: number): number;
   lockFile(fd: number, exclusive: boolean): number;
   mapShared(fd: number, length: number): Uint8Array | number;
@@ -210,7 +216,8 @@ export const receivePayload = addon.receivePayload;
 /**
  * Carries out the requests of a session that are in `input` and need nothing but the image, sends their answers, and goes on with what it
  * receives (native/src/exchange.h) -> why it ended (`Ending`). `job`: see nbd/server/exchange.ts, which knows its places and when it may
- * be called. `present`: one bit a block of 4 KiB, null: all are. In place; nothing is kept.
+ * be called. `present`: one bit a block of 4 KiB, null: all are. `heat`: where requests are counted (native/src/heat.h). In place; nothing is
+ * kept.
  */
 export const exchange = addon.exchange;
 

@@ -131,6 +131,8 @@ export const Allocation = { HOLE: 1, ZERO: 2 } as const;
 export const BASE_ALLOCATION = 'base:allocation';
 /** Source: QEMU, docs/interop/nbd.txt. The status is the depth in a chain: 0 unallocated, 1 here, 2 in the layer behind. */
 export const ALLOCATION_DEPTH = 'qemu:allocation-depth';
+/** Ours: how often regions are read and written (docs/protocol.md). */
+export const HEAT = 'blockferry:heat';
 
 // Limits of ours
 /** Longest string the protocol allows, bytes. */

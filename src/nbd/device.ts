@@ -58,6 +58,8 @@ export interface DirectAccess {
   readonly nowait: boolean;
   /** Which blocks of 4 KiB may be touched: bit i & 7 of byte i >> 3 is block i. Null: all. */
   readonly present: Uint8Array | null;
+  /** Where what is carried out is counted, as native/src/heat.h says. Null: nowhere. */
+  readonly heat: Uint8Array | null;
 }
 
 /** A disk that sessions serve. All sessions may call it at any time; it must not throw. */

@@ -12,7 +12,7 @@
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import { type Extent, NbdClient, NbdReplyError } from '../nbd/client/client.js';
-import { BASE_ALLOCATION, Errno, TransmissionFlag } from '../nbd/constants.js';
+import { BASE_ALLOCATION, Errno, HEAT, TransmissionFlag } from '../nbd/constants.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { type Asker, Budget } from './budget.js';
 import { allocationFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
@@ -253,7 +253,7 @@ export class Link {
     const { uri, known, tls = {} } = this.options;
     const { connectTimeoutMs, requestTimeoutMs } = this.#timing;
     const client = await NbdClient.connect(uri, {
-      contexts: [BASE_ALLOCATION],
+      contexts: [BASE_ALLOCATION, HEAT],
       connectTimeoutMs,
       handshakeTimeoutMs: connectTimeoutMs,
       requestTimeoutMs,

@@ -1,7 +1,7 @@
 /** Reads any range from one connection to a source, in requests as the source wants them: not too long, and on its blocks. */
 import { BlockferryError } from '../errors.js';
 import type { Extent, NbdClient } from '../nbd/client/client.js';
-import { BASE_ALLOCATION } from '../nbd/constants.js';
+import { BASE_ALLOCATION, HEAT } from '../nbd/constants.js';
 import type { Budget } from './budget.js';
 
 /** Bytes of one request, at most. */
@@ -76,11 +76,28 @@ export async function allocationFrom(
   offset: number,
   length: number,
 ): Promise<Extent[] | null> {
-  if (!client.info.contexts.has(BASE_ALLOCATION)) return null;
+  return extentsFrom(client, BASE_ALLOCATION, offset, length);
+}
+
+/**
+ * Extents of `blockferry:heat` from `offset` on, their flags the source's counts: writes in the high 16 bits, reads in the low ones. They may
+ * end before the range does: ask on from there. Null: the source does not tell.
+ */
+export async function heatFrom(client: NbdClient, offset: number, length: number): Promise<Extent[] | null> {
+  return extentsFrom(client, HEAT, offset, length);
+}
+
+async function extentsFrom(
+  client: NbdClient,
+  context: string,
+  offset: number,
+  length: number,
+): Promise<Extent[] | null> {
+  if (!client.info.contexts.has(context)) return null;
   const minimum = client.info.blockSize?.minimum ?? 1;
   const before = offset % minimum;
   const wide = Math.ceil((before + length) / minimum) * minimum;
-  const extents = await client.blockStatus(BASE_ALLOCATION, offset - before, wide);
+  const extents = await client.blockStatus(context, offset - before, wide);
   return before === 0 ? extents : withoutFront(extents, before);
 }
 

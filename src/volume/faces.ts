@@ -1,14 +1,15 @@
 /** The two devices a volume is served as. What a phase allows is asked at each request: sessions outlive phases. */
-import { ALLOCATION_DEPTH, BASE_ALLOCATION, Errno } from '../nbd/constants.js';
+import { ALLOCATION_DEPTH, BASE_ALLOCATION, Errno, HEAT } from '../nbd/constants.js';
 import type { BlockDevice, DirectAccess, IoRequest, StatusRequest } from '../nbd/device.js';
 import type { TransactionLog } from '../nbd/log/transaction-log.js';
 import { BLOCK_BYTES } from './blocks.js';
+import { type Heat, reportHeat } from './heat.js';
 import type { BlockStore } from './store.js';
 import type { Volume } from './volume.js';
 
-const CONTEXTS = [BASE_ALLOCATION, ALLOCATION_DEPTH] as const;
+const CONTEXTS = [BASE_ALLOCATION, ALLOCATION_DEPTH, HEAT] as const;
 
-/** The machine's disk: reads and writes as the phase allows. */
+/** The machine's disk: reads and writes as the phase allows. What it reads and writes here is the volume's heat. */
 export class GuestDevice implements BlockDevice {
   readonly size: number;
   readonly readOnly: boolean;
@@ -17,18 +18,20 @@ export class GuestDevice implements BlockDevice {
   readonly preferredBlock = BLOCK_BYTES;
   readonly contexts = CONTEXTS;
   readonly #store: BlockStore;
+  readonly #heat: Heat;
 
   constructor(
     private readonly volume: Volume,
     readonly transactionLog: TransactionLog | null = null,
   ) {
     this.#store = volume.store;
+    this.#heat = volume.heat;
     this.size = volume.size;
     this.readOnly = volume.readOnly;
   }
 
   direct(): DirectAccess | null {
-    return this.volume.readable ? this.#store.direct() : null;
+    return this.volume.readable ? this.#store.direct(this.#heat.bytes) : null;
   }
 
   directWriteHeldUp(): void {
@@ -36,7 +39,10 @@ export class GuestDevice implements BlockDevice {
   }
 
   readNow(offset: number, length: number, buffer: Buffer, at: number): number {
-    return this.volume.readable ? this.#store.readNow(offset, length, buffer, at) : Errno.EPERM;
+    if (!this.volume.readable) return Errno.EPERM;
+    const errno = this.#store.readNow(offset, length, buffer, at);
+    if (errno === Errno.OK) this.#heat.read(offset, length);
+    return errno;
   }
 
   zeroesNow(offset: number, length: number): number {
@@ -44,15 +50,22 @@ export class GuestDevice implements BlockDevice {
   }
 
   writeNow(offset: number, length: number, buffer: Buffer, at: number): number {
-    return this.#store.writeNow(offset, length, buffer, at);
+    const errno = this.#store.writeNow(offset, length, buffer, at);
+    if (errno === Errno.OK) this.#heat.written(offset, length);
+    return errno;
   }
 
   read(request: IoRequest): void {
-    if (this.volume.readable) this.#store.readLater(request);
-    else request.complete(Errno.EPERM);
+    if (!this.volume.readable) {
+      request.complete(Errno.EPERM);
+      return;
+    }
+    this.#heat.read(request.offset, request.length);
+    this.#store.readLater(request);
   }
 
   write(request: IoRequest): void {
+    if (this.#store.gate.kind !== 'refused') this.#heat.written(request.offset, request.length);
     this.#store.write(request);
   }
 
@@ -73,7 +86,7 @@ export class GuestDevice implements BlockDevice {
   }
 
   status(request: StatusRequest): void {
-    if (this.volume.readable) this.#store.status(request);
+    if (this.volume.readable) statusOf(this.volume, request);
     else request.complete(Errno.EPERM);
   }
 
@@ -143,10 +156,19 @@ export class LinkDevice implements BlockDevice {
 
   status(request: StatusRequest): void {
     if (this.volume.closed) request.complete(Errno.ESHUTDOWN);
-    else this.#store.status(request);
+    else statusOf(this.volume, request);
   }
 
   release(): void {
     this.#store.dropAbandoned();
   }
+}
+
+function statusOf(volume: Volume, request: StatusRequest): void {
+  if (request.context !== HEAT) {
+    volume.store.status(request);
+    return;
+  }
+  reportHeat(request, volume.heat);
+  request.complete(Errno.OK);
 }

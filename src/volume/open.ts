@@ -6,6 +6,7 @@ import { isDeepStrictEqual } from 'node:util';
 import { BlockferryError } from '../errors.js';
 import { blocksOf, VOLUME_BYTES_MAX } from './blocks.js';
 import { makeFolder, removeFile, syncFolder } from './files.js';
+import { HeatFile } from './heat-file.js';
 import { IDENTITY_FILE, type Identity, IdentityFile, readIdentity } from './identity.js';
 import { Image } from './image.js';
 import { hasMaps } from './phase.js';
@@ -242,6 +243,7 @@ async function finishCancel(folder: string, known: Identity): Promise<boolean> {
     rmSync(known.image);
     image.close();
   }
+  HeatFile.removeFiles(folder);
   await removeFile(join(folder, IDENTITY_FILE));
   return true;
 }
@@ -304,7 +306,13 @@ async function reopenKnown(
     if (hasMaps(known.phase)) presence = await Presence.recover(folder, known, blocksOf(image.size));
     else Presence.removeFiles(folder); // a hand-off that died before its last act
     const volume = new Volume(new IdentityFile(folder, known, { stored: true }), image, presence);
-    await volume.markOpen();
+    await volume.heatFile.load();
+    try {
+      await volume.markOpen();
+    } catch (error) {
+      volume.heatFile.stop();
+      throw error;
+    }
     return volume;
   } catch (error) {
     presence?.close();

@@ -101,7 +101,7 @@ export class BlockStore {
     this.blocks = blocksOf(image.size);
     this.#committer = new Committer(image, () => this.presence);
     this.#holes = new HoleFinder(image);
-    this.#direct = { fd: image.fd, reads: false, writes: false, nowait: false, present: null };
+    this.#direct = { fd: image.fd, reads: false, writes: false, nowait: false, present: null, heat: null };
     this.epoch = epoch;
   }
 
@@ -118,8 +118,8 @@ export class BlockStore {
 
   // Reads
 
-  /** See BlockDevice. What `readNow` and `writeNow` would do, for blocks that are here. */
-  direct(): DirectAccess {
+  /** See BlockDevice. What `readNow` and `writeNow` would do, for blocks that are here; `heat`: where it is counted. */
+  direct(heat: Uint8Array | null = null): DirectAccess {
     const { presence } = this;
     const { inline } = this.image;
     const direct = this.#direct;
@@ -127,6 +127,7 @@ export class BlockStore {
     direct.nowait = inline === 'nowait';
     direct.writes = this.#gate.kind === 'open' && this.#locks.size === 0 && !this.#pace.slow;
     direct.present = presence === null || presence.complete ? null : presence.bits;
+    direct.heat = heat;
     return direct;
   }
 

@@ -16,6 +16,8 @@ import { dirname } from 'node:path';
 import { BlockferryError } from '../errors.js';
 import { Errno } from '../nbd/constants.js';
 import { syncFolder } from './files.js';
+import { Heat } from './heat.js';
+import { HeatFile } from './heat-file.js';
 import type { Identity, IdentityFile } from './identity.js';
 import type { Image } from './image.js';
 import { allows, guestReads, type Phase, TRANSITIONS, type Transition } from './phase.js';
@@ -36,6 +38,9 @@ const COMMIT_INTERVAL_MS = 5_000;
 
 export class Volume {
   readonly store: BlockStore;
+  /** Of the guest. */
+  readonly heat: Heat;
+  readonly heatFile: HeatFile;
   #last: Promise<unknown> = Promise.resolve();
   #closed = false;
   #closing: Promise<void> | undefined;
@@ -50,6 +55,14 @@ export class Volume {
     presence: Presence | null,
   ) {
     this.store = new BlockStore(image, presence, identity.current.mapEpoch);
+    this.heat = new Heat(image.size);
+    this.heatFile = new HeatFile(
+      identity.folder,
+      { id: this.id, size: image.size },
+      this.heat,
+      () => identity.stored,
+    );
+    this.heatFile.start();
     this.#enter();
     if (presence !== null) {
       this.#timer = setInterval(() => {
@@ -217,6 +230,7 @@ export class Volume {
         this.#require('retire');
         await this.#change({ phase: 'retired' });
       }
+      await this.heatFile.remove();
       if (options.deleteImage && !this.store.image.blockDevice) await this.#deleteImage();
     });
   }
@@ -318,6 +332,7 @@ export class Volume {
       // Should this process die, the next finds a standby that was closed, or one without maps, which is taken for a cancelled one: the
       // rest is done at its opening.
       await this.identity.update({ openBootId: null });
+      await this.heatFile.remove();
       await this.store.serially(async () => this.store.presence?.discard());
       if (this.identity.current.imageCreated) await this.#deleteImage();
       await this.identity.remove();
@@ -339,6 +354,7 @@ export class Volume {
   async #shut(): Promise<void> {
     this.#closed = true;
     clearInterval(this.#timer);
+    this.heatFile.stop();
     this.store.keeps = false; // ends a long fill of zeros between two of its steps
     this.store.setGate(CLOSED);
     this.store.giveUp(0, this.store.blocks, Errno.ESHUTDOWN);
@@ -351,6 +367,7 @@ export class Volume {
     this.#closing = this.#last.then(async () => {
       if (this.#closed) return; // cancelled
       await this.#shut();
+      if (!this.readOnly) await this.heatFile.save();
       const durable = (await this.store.commit()) === Errno.OK;
       if (this.store.presence !== null) {
         this.store.presence.close();

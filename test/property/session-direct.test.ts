@@ -107,6 +107,8 @@ interface Subject {
   device: BlockDevice;
   /** What the disk holds, when the session is over. */
   content(): Promise<Buffer>;
+  /** What was counted, if it is. */
+  heat?: Uint8Array;
 }
 
 interface Result {
@@ -142,6 +144,7 @@ async function same(one: Subject, other: Subject, ...rest: [ReplyForm, Transport
   const asked = await resultOf({ ...other, device: withoutDirect(other.device) }, ...rest);
   assert.deepEqual(direct.answers, asked.answers);
   assert.ok(direct.content.equals(asked.content));
+  assert.deepEqual(one.heat, other.heat);
 }
 
 function imageIn(folder: string, content: Buffer): Subject {
@@ -175,9 +178,11 @@ async function volumeIn(folder: string, content: Buffer, here: readonly number[]
   const { store } = volume;
   const source = new LateSource(store, content);
   await volume.takeover();
+  volume.heatFile.stop(); // nothing decays
   for (const block of here) assert.equal(source.deliver(block, block + 1), 0);
   return {
     device: new GuestDevice(volume),
+    heat: volume.heat.bytes,
     async content() {
       assert.equal(source.deliver(0, store.blocks), 0);
       assert.ok(store.presence === null || store.presence.complete);

@@ -47,7 +47,7 @@ for (const state of STATES) {
           const { exports, structured } = JSON.parse(await tool('nbdinfo', '--json', uri));
           assert.equal(structured, true);
           const { contexts, description, uri: _uri, content: _content, ...facts } = exports[0];
-          assert.deepEqual(contexts, ['base:allocation', 'qemu:allocation-depth']);
+          assert.deepEqual(contexts, ['base:allocation', 'qemu:allocation-depth', 'blockferry:heat']);
           assert.match(description, /^blockferry volume [0-9a-f-]{36} generation 1$/);
           assert.deepEqual(facts, {
             'export-name': 'disk',
@@ -87,6 +87,24 @@ describe('nbdinfo --map', needs('nbdinfo'), () => {
       const totals = await tool('nbdinfo', '--map', '--totals', disk.unix);
       assert.match(totals, new RegExp(`^\\s*${HOLE.to - HOLE.from} .* hole,zero`, 'm'));
     }));
+
+  test('heat: what was read and written, and how often about', { ...needs('qemu-io') }, () =>
+    withDisk('serve', async (disk) => {
+      const region = 256 << 10;
+      const commands = [`write ${MIB} 4k`, `read ${2 * MIB} 4k`, `read ${MIB} 4k`];
+      await tool('qemu-io', '-f', 'raw', ...commands.flatMap((one) => ['-c', one]), disk.unix);
+      const warm = (await map(disk.unix, 'blockferry:heat')).filter(({ offset }) => offset >= MIB);
+      assert.deepEqual(
+        warm.slice(0, 4).map(({ offset, length, type }) => [offset, length, type]),
+        [
+          [MIB, region, (1 << 16) | 1],
+          [MIB + region, MIB - region, 0],
+          [2 * MIB, region, 1],
+          [2 * MIB + region, SIZE - 2 * MIB - region, 0],
+        ],
+      );
+    }),
+  );
 
   test('depth 1 is what is local, 2 what is still at the source', () =>
     withDisk('on demand', async (disk) => {
