@@ -10,18 +10,21 @@
  */
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
+import { messageOf } from '../errors.js';
 import { Errno } from '../nbd/constants.js';
 import { BLOCK_BYTES, bytesOfBlocks } from '../volume/blocks.js';
 import type { BlockStore } from '../volume/store.js';
 import type { Fetcher } from './fetcher.js';
 import type { Link } from './link.js';
-import { Neighbours, type Order } from './order.js';
+import { Hot, Neighbours, type Order } from './order.js';
 import { RateLimit } from './rate-limit.js';
 import { SourceAllocation } from './source-allocation.js';
 import { type FindRun, STREAM_MS, Streams } from './streams.js';
 import { type LinkWindow, PIECE_BYTES_MAX } from './window.js';
 import type { Run } from './zero-map.js';
 
+/** Of the source, asked about at once. */
+const HEAT_BYTES = 64 * 2 ** 30;
 /** Ranges that may wait to be prefetched. */
 const WANTED_MAX = 1024;
 /** So many fetches failed one after the other: there is no point in trying the next at once. */
@@ -71,6 +74,10 @@ export class Background {
   readonly #window: LinkWindow;
   readonly #streams: Streams;
   readonly #neighbours = new Neighbours();
+  readonly #hot = new Hot();
+  /** Asked for: the copy begins when the first answer is here. */
+  #heatDue = false;
+  #heatEra = 0;
   /** In this order, before all others. */
   readonly #orders: readonly Order[];
   readonly #allocation: SourceAllocation;
@@ -94,7 +101,7 @@ export class Background {
     private readonly options: BackgroundOptions,
   ) {
     this.#window = link.window;
-    this.#orders = options.order === 'hot' ? [this.#neighbours] : [];
+    this.#orders = options.order === 'hot' ? [this.#neighbours, this.#hot] : [];
     this.#limit = new RateLimit(options.rateBytesPerSecond, PIECE_BYTES_MAX, () => this.#pump());
     this.#streams = new Streams(store.blocks);
     this.#allocation = new SourceAllocation(link, store.image.size, options.log, (unreachable) => {
@@ -133,7 +140,10 @@ export class Background {
 
   /** The source stands still from now on: copy. */
   start(): void {
-    if (!this.#started) this.#rateBeganMs = performance.now();
+    if (!this.#started) {
+      this.#rateBeganMs = performance.now();
+      if (this.options.order === 'hot' && this.options.enabled) void this.#learnHeat();
+    }
     this.#started = true;
     this.#limit.start();
     this.#pump();
@@ -146,6 +156,8 @@ export class Background {
   stop(): void {
     this.#started = false;
     this.#allocation.forget();
+    this.#heatEra++;
+    this.#heatDue = false;
     for (const order of this.#orders) order.clear();
     this.#streams.clear();
     this.#watch();
@@ -267,7 +279,8 @@ export class Background {
       this.#wanted.shift();
       wanted.resolve?.();
     }
-    return this.options.enabled && !this.#paused && !this.#blocked ? this.#nextOfCopy() : undefined;
+    const copies = this.options.enabled && !this.#paused && !this.#blocked && !this.#heatDue;
+    return copies ? this.#nextOfCopy() : undefined;
   }
 
   /** What a stream is about to read, without what is known to be zeros there. */
@@ -280,6 +293,31 @@ export class Background {
       if (zero.first > run.first) return { first: run.first, end: zero.first };
       if (!this.#zeroing) void this.#markZeroes(run.first, zero.end);
     }
+  }
+
+  /** What the machine used at the source. A hint: without it the copy goes on all the same. */
+  async #learnHeat(): Promise<void> {
+    const { size } = this.store.image;
+    const era = ++this.#heatEra;
+    this.#heatDue = true;
+    try {
+      for (let offset = 0; offset < size && era === this.#heatEra; ) {
+        const extents = await this.link.heat(offset, Math.min(HEAT_BYTES, size - offset));
+        if (extents === null || extents.length === 0 || era !== this.#heatEra) break;
+        this.#hot.learn(offset, extents);
+        for (const { length } of extents) offset += length;
+        this.#begin(era);
+      }
+    } catch (error) {
+      this.options.log.debug({ why: messageOf(error) }, 'the source does not tell what its machine used');
+    }
+    this.#begin(era);
+  }
+
+  #begin(era: number): void {
+    if (era !== this.#heatEra) return;
+    this.#heatDue = false;
+    this.#pump();
   }
 
   #nextOfCopy(): Run | undefined {

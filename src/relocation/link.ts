@@ -15,7 +15,7 @@ import { type Extent, NbdClient, NbdReplyError } from '../nbd/client/client.js';
 import { BASE_ALLOCATION, Errno, HEAT, TransmissionFlag } from '../nbd/constants.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { type Asker, Budget } from './budget.js';
-import { allocationFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
+import { allocationFrom, heatFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
 import { CONNECT_TIMEOUT_MS, whyNotTheSame } from './source-identity.js';
 import { LinkWindow } from './window.js';
 
@@ -63,8 +63,8 @@ export interface LinkOptions {
   timing?: Partial<LinkTiming>;
 }
 
-/** Connections lost over the question what is allocated, before it is taken for one that this source cannot answer. */
-const ALLOCATION_LOSSES_MAX = 5;
+/** Connections lost over a question of BLOCK_STATUS, before it is taken for one that this source cannot answer. */
+const QUESTION_LOSSES_MAX = 5;
 
 /** What a read fails with when nobody waits for it any more. */
 export const DROPPED = new BlockferryError('closed', 'nobody waits for this read any more');
@@ -164,16 +164,25 @@ export class Link {
    * What the source says is allocated from `offset` on, as far as it told; null if it does not tell. Rejects as `read` does, with
    * 'source-io' also when connection after connection is lost over this question.
    */
-  async allocation(offset: number, length: number): Promise<Extent[] | null> {
+  allocation(offset: number, length: number): Promise<Extent[] | null> {
+    return this.#ask((client) => allocationFrom(client, offset, length));
+  }
+
+  /** Likewise, how much the source's machine used its regions: see `heatFrom`. */
+  heat(offset: number, length: number): Promise<Extent[] | null> {
+    return this.#ask((client) => heatFrom(client, offset, length));
+  }
+
+  async #ask(question: (client: NbdClient) => Promise<Extent[] | null>): Promise<Extent[] | null> {
     for (let losses = 1, lostAtMs: number | null = null; ; losses++) {
       const client = this.#pick('bulk') ?? (await this.#connected('bulk'));
       try {
-        const extents = await allocationFrom(client, offset, length);
+        const extents = await question(client);
         this.#useful.add(client);
         return extents;
       } catch (error) {
         this.#rethrowFinal(error, client);
-        if (losses === ALLOCATION_LOSSES_MAX)
+        if (losses === QUESTION_LOSSES_MAX)
           throw new BlockferryError('source-io', `the source fails at BLOCK_STATUS: ${messageOf(error)}`);
         lostAtMs = this.#patientSince(lostAtMs);
       }

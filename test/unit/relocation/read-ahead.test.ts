@@ -2,6 +2,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { Errno } from '../../../src/nbd/constants.js';
+import type { BlockDevice } from '../../../src/nbd/device.js';
 import {
   assertBlocks,
   BLOCK,
@@ -14,6 +15,7 @@ import {
   until,
   writeAt,
 } from '../../lab/ferry.js';
+import { changed } from '../../support/direct-session.js';
 
 const SIZE = 16 * MIB;
 const STEP = 64 * KIB;
@@ -129,4 +131,29 @@ test('order hot: what is near a read that waited comes before the rest; a bad bl
   await until(() => proxy.status.presentBytes === SIZE - BLOCK, 'all others come');
   source.failBlocks([]);
   await proxy.service.handedOff();
+});
+
+test('order hot: what the machine used at the source comes first, by what the source tells', async (t) => {
+  const ferries = new Lab(t);
+  const old = await ferries.source(SIZE);
+  // At the source: a proxy that handed off, so that its blocks are here, and whose guest read at 9 MiB and wrote at 3 MiB.
+  const before = await ferries.proxy(old, { background: true });
+  await before.service.handedOff();
+  const user = await before.guest();
+  for (let n = 0; n < 20; n++) await readAt(user, 9 * MIB, BLOCK);
+  for (let n = 0; n < 20; n++) await writeAt(user, 3 * MIB, Buffer.alloc(BLOCK, n));
+  const seen: number[] = [];
+  const { link } = before.service;
+  const readNow: BlockDevice['readNow'] = (offset, ...rest) => {
+    seen.push(offset);
+    return link.readNow(offset, ...rest);
+  };
+  const server = await ferries.source(SIZE);
+  server.device.contexts = [...link.contexts];
+  server.deviceOf = () => changed(link, { direct: undefined, readNow, readOnly: server.device.readOnly });
+  const proxy = await ferries.proxy(server, { background: true, order: 'hot' });
+  await proxy.service.handedOff();
+  const regions = [...new Set(seen.map((offset) => Math.floor(offset / (256 * KIB))))];
+  assert.deepEqual(regions.slice(0, 3), [36, 12, 0]);
+  assertBlocks(await readAt(await proxy.guest(), 3 * MIB, BLOCK), Buffer.alloc(BLOCK, 19));
 });

@@ -257,19 +257,20 @@ describe('hand-off', () => {
     const handed = volume.handOff().finally(() => {
       over = true;
     });
-    const flushes: Io[] = [];
+    const requests: Io[] = [];
     for (let i = 0; !over; i++) {
       const data = patterned(100, i + 1);
       const offset = (i * 7) % (SIZE - 100); // a slow disk makes for many rounds
-      assert.equal(volume.store.writeNow(offset, 100, data, 0), Errno.OK);
+      const write = Io.write(offset, data); // by a thread, if the disk is slow
+      volume.store.write(write);
       data.copy(content, offset);
       const flush = new Io(0, 0);
       volume.store.flush(flush);
-      flushes.push(flush);
+      requests.push(write, flush);
       await turns(1);
     }
     await handed;
-    for (const flush of flushes) assert.equal(await flush.done, Errno.OK);
+    for (const request of requests) assert.equal(await request.done, Errno.OK);
     const read = new Io(0, SIZE);
     volume.store.read(read);
     assert.equal(await read.done, 0);
