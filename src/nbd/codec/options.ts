@@ -114,10 +114,10 @@ function parseString(bytes: Buffer, what: string): Parsed<string> {
   return parsed(bytes.toString('utf8'));
 }
 
-function parsed<T>(value: T): Parsed<T> {
+export function parsed<T>(value: T): Parsed<T> {
   return { ok: true, value };
 }
 
-function malformed<T>(problem: string): Parsed<T> {
+export function malformed<T>(problem: string): Parsed<T> {
   return { ok: false, problem };
 }
