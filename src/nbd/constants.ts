@@ -23,6 +23,8 @@ export const Option = {
   LIST_META_CONTEXT: 9,
   SET_META_CONTEXT: 10,
   EXTENDED_HEADERS: 11,
+  /** Of blockferry's own: "bfz1". See codec/frames.ts. */
+  COMPRESSION: 0x62667a31,
 } as const;
 
 export const OptionReply = {

@@ -57,6 +57,7 @@ export function serveStream(
       startSession,
       log: faults.log,
       handshakeTimeoutMs: HANDSHAKE_TIMEOUT_MS,
+      compression: true,
       tls,
       complain: () => {},
     },

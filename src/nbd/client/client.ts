@@ -9,8 +9,10 @@
  */
 
 import type { Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
 import { BlockferryError, messageOf } from '../../errors.js';
 import { encodeOption, encodeStatusFilter, type ListedExport, protocolError } from '../codec/client.js';
+import { CompressedStream } from '../compression/stream.js';
 import { Command, CommandFlag, Option, TransmissionFlag } from '../constants.js';
 import { parseNbdUri } from '../uri.js';
 import { type Connection, type ConnectLimits, describeLoss, openConnection } from './connect.js';
@@ -45,7 +47,8 @@ export class NbdClient {
   /** Resolves when the connection is over: null after `close`, else why it ended. Never rejects. */
   readonly closed: Promise<BlockferryError | null>;
 
-  readonly #socket: Socket;
+  readonly #socket: Duplex;
+  readonly #transport: Socket;
   readonly #peer: string;
   readonly #table = new RequestTable();
   readonly #reader: ReplyReader;
@@ -71,6 +74,7 @@ export class NbdClient {
       this.#resolveClosed = resolve;
     });
     this.#socket = connection.socket;
+    this.#transport = connection.transport;
     this.#peer = connection.peer;
     this.#sender = new RequestSender(connection.socket, info.extended);
     this.#filters = (info.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD) !== 0 && info.contexts.size > 1;
@@ -117,6 +121,7 @@ export class NbdClient {
         contexts: options.contexts ?? [],
         requireStructured: options.requireStructured ?? false,
         extended: options.extendedHeaders ?? true,
+        compression: options.compression ?? 'off',
       },
       options,
     );
@@ -131,6 +136,16 @@ export class NbdClient {
     connection.socket.write(encodeOption(Option.ABORT));
     connection.socket.destroySoon();
     return connection.outcome.kind === 'list' ? connection.outcome.exports : [];
+  }
+
+  /** The server agreed to compress the connection. */
+  get compressed(): boolean {
+    return this.#socket instanceof CompressedStream;
+  }
+
+  /** What crossed the wire to us so far, with everything around the content, bytes. */
+  get wireBytesReceived(): number {
+    return this.#transport.bytesRead;
   }
 
   /** Requests not answered yet. More than 4096 are refused. */
@@ -302,6 +317,10 @@ export class NbdClient {
     // Hanging up, in whatever manner, is the answer to DISC.
     if (this.#state === 'draining' && this.#table.active === 0) {
       this.#over(this.#drainReason);
+      return;
+    }
+    if (error instanceof BlockferryError) {
+      this.#over(new BlockferryError(error.code, `${this.#peer}: ${error.message}`, { cause: error }));
       return;
     }
     const why = describeLoss(error);

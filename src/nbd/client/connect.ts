@@ -4,6 +4,8 @@ import net from 'node:net';
 import tls from 'node:tls';
 import { BlockferryError, messageOf } from '../../errors.js';
 import { displayable, protocolError } from '../codec/client.js';
+import type { CompressionLevel } from '../codec/frames.js';
+import { CompressedStream } from '../compression/stream.js';
 import { HANDSHAKE_TIMEOUT_MS } from '../constants.js';
 import {
   type ClientTlsSettings,
@@ -42,7 +44,9 @@ export interface Receiver {
 }
 
 export interface Connection {
-  readonly socket: net.Socket;
+  readonly socket: net.Socket | CompressedStream;
+  /** What is below TLS and compression. */
+  readonly transport: net.Socket;
   readonly outcome: HandshakeOutcome;
   /** Names the server in messages. */
   readonly peer: string;
@@ -66,10 +70,12 @@ export function openConnection(
 
 /** One attempt to connect. It is over as soon as it resolved or rejected. */
 class Attempt implements Receiver {
-  /** The TLS socket once TLS begins. */
-  #socket: net.Socket;
+  /** The TLS socket once TLS begins; then the compressed stream, if there is one. */
+  #socket: net.Socket | CompressedStream;
+  readonly #transport: net.Socket;
   readonly #secrets: tls.ConnectionOptions | null;
   readonly #handshake: ClientHandshake;
+  readonly #level: CompressionLevel;
   readonly #peer: string;
   #timer: NodeJS.Timeout;
   #over = false;
@@ -86,20 +92,23 @@ class Attempt implements Receiver {
     this.#peer = formatNbdUri(uri);
     this.#secrets = secretsOf(uri, limits.tls);
     this.#handshake = new ClientHandshake(goal, this.#secrets !== null);
+    const { compression = 'off' } = goal.kind === 'connect' ? goal : {};
+    this.#level = compression === 'off' ? 'auto' : compression;
     const connectTimeoutMs = limits.connectTimeoutMs ?? CONNECT_TIMEOUT_MS;
     this.#timer = setTimeout(
       () => this.#timedOut(`no connection within ${connectTimeoutMs} ms`),
       connectTimeoutMs,
     );
     if (this.#secrets === null)
-      this.#socket = dial(uri.address, (length, bytes) => {
-        this.#receiver.received(bytes as Buffer, length);
+      this.#transport = dial(uri.address, (length, bytes) => {
+        this.#onBytes(bytes as Buffer, length);
         return true;
       });
     else {
-      this.#socket = dial(uri.address, null);
-      this.#socket.on('data', this.#onData);
+      this.#transport = dial(uri.address, null);
+      this.#transport.on('data', this.#onData);
     }
+    this.#socket = this.#transport;
     this.#socket.once('connect', () => this.#connected());
     this.#socket.on('error', this.#onError);
     this.#socket.on('end', this.#onEnd);
@@ -108,16 +117,15 @@ class Attempt implements Receiver {
     if (limits.signal?.aborted) this.#aborted();
   }
 
+  #onBytes: (bytes: Buffer, length: number) => void = (bytes, length) =>
+    this.#receiver.received(bytes, length);
   readonly #onData = (bytes: Buffer): void => this.#receiver.received(bytes, bytes.length);
   readonly #onError = (error: Error): void => this.#receiver.ended(error);
   readonly #onEnd = (): void => this.#receiver.ended(null);
 
   #startTls(secrets: tls.ConnectionOptions): void {
-    const plain = this.#socket;
-    plain.off('data', this.#onData);
-    plain.off('error', this.#onError);
-    plain.off('end', this.#onEnd);
-    plain.off('close', this.#onEnd);
+    const plain = this.#transport;
+    this.#stopListening(plain);
     plain.on('error', () => {}); // the TLS socket tells
     const socket = tls.connect({ ...secrets, socket: plain });
     this.#socket = socket;
@@ -133,6 +141,28 @@ class Attempt implements Receiver {
       socket.on('data', this.#onData);
       socket.write(this.#handshake.secured());
     });
+  }
+
+  #startCompression(): void {
+    const below = this.#socket;
+    this.#stopListening(below);
+    // A plain socket has no 'data', but fills one buffer again and again.
+    const feeds = this.#secrets !== null;
+    const stream = new CompressedStream(below, this.#level, { feeds });
+    if (!feeds) this.#onBytes = stream.feed;
+    this.#socket = stream;
+    stream.on('error', this.#onError);
+    stream.on('end', this.#onEnd);
+    stream.on('close', this.#onEnd);
+    stream.on('data', this.#onData);
+    stream.write(this.#handshake.compressed());
+  }
+
+  #stopListening(socket: net.Socket | CompressedStream): void {
+    socket.off('data', this.#onData);
+    socket.off('error', this.#onError);
+    socket.off('end', this.#onEnd);
+    socket.off('close', this.#onEnd);
   }
 
   #connected(): void {
@@ -152,6 +182,7 @@ class Attempt implements Receiver {
       const reply = this.#handshake.receive(bytes.subarray(0, length));
       if (reply !== null) this.#socket.write(reply);
       if (this.#handshake.startsTls && this.#secrets !== null) this.#startTls(this.#secrets);
+      if (this.#handshake.startsCompression) this.#startCompression();
     } catch (error) {
       const known = error instanceof BlockferryError ? error : protocolError(messageOf(error));
       this.#fail(known.code, known.message, known);
@@ -162,6 +193,7 @@ class Attempt implements Receiver {
     this.#end();
     this.resolve({
       socket: this.#socket,
+      transport: this.#transport,
       outcome,
       peer: this.#peer,
       handTo: (receiver) => {
@@ -174,6 +206,10 @@ class Attempt implements Receiver {
     if (this.#over) return;
     if (!this.#stands) {
       this.#fail('source-unreachable', describeRefusal(error), error);
+      return;
+    }
+    if (error instanceof BlockferryError) {
+      this.#fail(error.code, error.message, error); // what a compressed connection ends with
       return;
     }
     if (error !== null && isTlsError(error)) {

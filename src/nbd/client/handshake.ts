@@ -4,6 +4,8 @@
  *     greeting -> flags -> EXTENDED_HEADERS -> SET_META_CONTEXT (if contexts are wanted) -> GO -> done
  *                             unknown: STRUCTURED_REPLY, then likewise           GO unknown: EXPORT_NAME -> done
  *     greeting -> flags -> LIST -> done                          a server of plain newstyle: EXPORT_NAME at once
+ *     with compression: COMPRESSION is asked first of all (behind TLS); ACK: start-compression (`compressed` is called once frames are
+ *     spoken) -> EXTENDED_HEADERS; any other answer: on without it
  *     with TLS: greeting -> flags -> STARTTLS -> start-tls (`secured` is called once TLS stands) -> EXTENDED_HEADERS or LIST
  *
  * One option is under way at a time, so every byte a server sends belongs to the question asked last. A server that
@@ -29,6 +31,7 @@ import {
   OPTION_REPLY_HEADER_BYTES,
   protocolError,
 } from '../codec/client.js';
+import { type Compression, encodeCompressionRequest } from '../codec/frames.js';
 import { HandshakeFlag, Info, Option, OptionReply, type ReplyForm } from '../constants.js';
 import { ExportFacts, type ExportInfo } from './export-info.js';
 
@@ -42,6 +45,8 @@ export type HandshakeGoal =
       readonly requireStructured: boolean;
       /** Ask for extended headers. Default: false. */
       readonly extended?: boolean;
+      /** Ask for compression. Default: 'off'. */
+      readonly compression?: Compression;
     }
   | { readonly kind: 'list' };
 
@@ -54,6 +59,7 @@ type State =
   | { readonly step: 'option'; readonly option: number }
   | { readonly step: 'export-name' }
   | { readonly step: 'start-tls' }
+  | { readonly step: 'start-compression' }
   | { readonly step: 'done'; readonly outcome: HandshakeOutcome };
 
 /** One message read: its length, and what to send in answer. */
@@ -92,6 +98,17 @@ export class ClientHandshake {
     return this.#state.step === 'start-tls';
   }
 
+  /** Frames begin now, in both directions; `receive` waits for `compressed`. */
+  get startsCompression(): boolean {
+    return this.#state.step === 'start-compression';
+  }
+
+  /** Frames are spoken. Gives back what to send first. */
+  compressed(): Buffer {
+    if (this.#state.step !== 'start-compression') throw protocolError('compression out of turn');
+    return this.#askExtended();
+  }
+
   /** TLS stands. Gives back what to send first. */
   secured(): Buffer {
     if (this.#state.step !== 'start-tls') throw protocolError('TLS out of turn');
@@ -112,7 +129,8 @@ export class ClientHandshake {
   get farewell(): Buffer | null {
     const { step } = this.#state;
     const going = this.#state.step === 'option' && this.#state.option === Option.GO;
-    const speaking = step !== 'export-name' && step !== 'start-tls' && !going;
+    const starting = step === 'start-tls' || step === 'start-compression';
+    const speaking = step !== 'export-name' && !starting && !going;
     return this.#fixedNewstyle && this.#spoke && speaking ? encodeOption(Option.ABORT) : null;
   }
 
@@ -125,6 +143,7 @@ export class ClientHandshake {
   get awaiting(): string {
     if (this.#state.step === 'greeting') return 'its greeting';
     if (this.#state.step === 'start-tls') return 'TLS';
+    if (this.#state.step === 'start-compression') return 'compression';
     if (this.#state.step === 'option') return `its answer to ${optionName(this.#state.option)}`;
     return 'its answer to EXPORT_NAME (perhaps it has no such export)';
   }
@@ -147,7 +166,10 @@ export class ClientHandshake {
       if (this.#state.step === 'done' || this.#state.step === 'start-tls') break;
     }
     const { step } = this.#state;
-    if ((reply !== null || step === 'done' || step === 'start-tls') && at < input.length) {
+    if (
+      (reply !== null || step === 'done' || step === 'start-tls' || step === 'start-compression') &&
+      at < input.length
+    ) {
       throw protocolError('it sent more than it was asked for');
     }
     this.#pending = Buffer.from(input.subarray(at));
@@ -187,6 +209,7 @@ export class ClientHandshake {
         return { bytes, reply: null };
       }
       case 'start-tls':
+      case 'start-compression':
       case 'done':
         return null;
     }
@@ -211,7 +234,14 @@ export class ClientHandshake {
       return this.#ask(Option.LIST, encodeOption(Option.LIST));
     }
     if (!this.#fixedNewstyle) return this.#askExportName();
-    return this.goal.extended === true
+    const { compression = 'off' } = this.goal;
+    if (compression === 'off') return this.#askExtended();
+    const data = encodeCompressionRequest(compression);
+    return this.#ask(Option.COMPRESSION, encodeOption(Option.COMPRESSION, data));
+  }
+
+  #askExtended(): Buffer {
+    return this.goal.kind === 'connect' && this.goal.extended === true
       ? this.#ask(Option.EXTENDED_HEADERS, encodeOption(Option.EXTENDED_HEADERS))
       : this.#askStructured();
   }
@@ -249,6 +279,9 @@ export class ClientHandshake {
         this.#state = { step: 'start-tls' };
         this.#silent = true;
         return null;
+      case Option.COMPRESSION:
+        this.#state = { step: 'start-compression' };
+        return null;
       case Option.EXTENDED_HEADERS:
         this.#form = 'extended';
         return this.#askContexts();
@@ -282,6 +315,8 @@ export class ClientHandshake {
           'tls',
           `the server offers no TLS (${refusal(type)}): turn it on there, or use nbd instead of nbds${said}`,
         );
+      case Option.COMPRESSION:
+        return this.#askExtended();
       case Option.EXTENDED_HEADERS:
         return this.#askStructured();
       case Option.STRUCTURED_REPLY:

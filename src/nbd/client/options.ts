@@ -1,5 +1,6 @@
 /** What can be asked of a client beside where and how much: when it connects, and with each request. */
 
+import type { Compression } from '../codec/frames.js';
 import type { ConnectLimits } from './connect.js';
 
 /** How to connect, and what to ask for. */
@@ -10,6 +11,11 @@ export interface NbdClientOptions extends ConnectLimits {
   readonly requireStructured?: boolean;
   /** Ask for extended headers, which take requests longer than 4 GiB; `info.extended` says whether the server has them. Default: true. */
   readonly extendedHeaders?: boolean;
+  /**
+   * Ask for a compressed connection, which only blockferry knows: it is 'auto', or compresses with a level from -7 to 19 but 0. `compression`
+   * says whether the server has it. Default: 'off'.
+   */
+  readonly compression?: Compression;
   /**
    * A request unanswered for so long, while nothing else came either (or next to nothing: less than 1 KiB), ends the connection
    * ('timeout'): many long requests on a slow connection are no fault. One request may be overtaken by others for ten times as long.

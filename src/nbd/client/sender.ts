@@ -7,7 +7,7 @@
  * slab goes on behind what is under way, and a full one is replaced.
  */
 
-import type { Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
 import { encodeExtendedRequest, encodeRequest } from '../codec/client.js';
 import { EXTENDED_REQUEST_HEADER_BYTES } from '../constants.js';
 
@@ -25,7 +25,7 @@ export class RequestSender {
   #scheduled = false;
 
   constructor(
-    readonly socket: Socket,
+    readonly socket: Duplex,
     /** Extended headers were agreed on. */
     readonly extended = false,
   ) {}

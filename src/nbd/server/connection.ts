@@ -6,14 +6,17 @@ import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { TLSSocket } from 'node:tls';
 import type { Logger } from 'pino';
-import { messageOf } from '../../errors.js';
+import { BlockferryError, messageOf } from '../../errors.js';
+import type { CompressionLevel } from '../codec/frames.js';
+import { CompressedStream } from '../compression/stream.js';
 import type { BlockDevice } from '../device.js';
 import { describeTlsError, isTlsError } from '../tls.js';
 import type { Origin } from './access.js';
 import type { Counted } from './admission.js';
 import type { SelectedContext } from './contexts.js';
 import type { ExportDirectory, ExportEntry } from './exports.js';
-import { Handshake, type HandshakeResult } from './handshake.js';
+import { Handshake, type HandshakeParameters, type HandshakeResult } from './handshake.js';
+import type { BehindCompression } from './handshake-result.js';
 import type { ClientIdentity, TlsAcceptor } from './tls-acceptor.js';
 import { VisibleExports } from './visible-exports.js';
 
@@ -57,6 +60,8 @@ export interface ConnectionParameters {
   startSession: StartSession;
   log: Logger;
   handshakeTimeoutMs: number;
+  /** Links may have their connections compressed. */
+  compression: boolean;
   /** Null: TLS is off. */
   tls: TlsAcceptor | null;
   /** Says that a client went wrong; `kind` comes from a bounded set. */
@@ -106,21 +111,23 @@ export class Connection implements Counted {
     handshake.start();
   }
 
-  #newHandshake(behindTls?: { noZeroes: boolean }): Handshake {
-    const { exports, listExports, tls, log } = this.#parameters;
+  #newHandshake(behind: Pick<HandshakeParameters, 'behindTls' | 'behindCompression'> = {}): Handshake {
+    const { exports, listExports, tls, log, compression } = this.#parameters;
+    const secure = behind.behindTls !== undefined || behind.behindCompression?.secure === true;
     const socket = this.#socket;
     const identity = this.#identity;
     return new Handshake({
       exports: new VisibleExports({
         exports,
         client: { origin: this.origin, identity },
-        secure: behindTls !== undefined,
+        secure,
         denied: (entry) => this.#parameters.denied(entry, this.peer, identity),
       }),
       listExports,
       refusal: (entry) => this.#parameters.refusal(entry),
       tls: tls?.mode ?? 'off',
-      ...(behindTls === undefined ? {} : { behindTls }),
+      compression,
+      ...behind,
       send: (bytes) => socket.write(bytes),
       openFailed: (entry, error) =>
         log.error({ err: error, export: entry.name, peer: this.peer }, 'the export cannot be opened'),
@@ -200,6 +207,7 @@ export class Connection implements Counted {
       if (this.#socket.writableNeedDrain) this.#socket.pause();
     } else if (result.kind === 'transmission') this.#startSession(result);
     else if (result.kind === 'starttls') this.#startTls(result.behindTls);
+    else if (result.kind === 'compression') this.#compress(result);
     else this.#end(result);
   };
 
@@ -230,6 +238,27 @@ export class Connection implements Counted {
     });
   }
 
+  /** What is read and written from here on is frames; the answer to the option has left in clear. */
+  #compress({ level, behindCompression, rest }: Extract<HandshakeResult, { kind: 'compression' }>): void {
+    this.#stopReading();
+    const stream = this.#compressed(level, behindCompression);
+    if (rest.length > 0) stream.feed(rest);
+  }
+
+  #compressed(level: CompressionLevel, behindCompression: BehindCompression): CompressedStream {
+    const below = this.#socket;
+    below.off('close', this.#onClose); // the stream's counts, which takes the other with it
+    below.allowHalfOpen = true;
+    const stream = new CompressedStream(below, level);
+    this.#socket = stream;
+    const handshake = this.#newHandshake({ behindCompression });
+    this.#state = { kind: 'handshake', handshake };
+    this.#listen();
+    below.resume();
+    handshake.start();
+    return stream;
+  }
+
   #secured(socket: TLSSocket, identity: ClientIdentity, behindTls: { noZeroes: boolean }): void {
     // Cut off meanwhile: the TLS socket goes when the one below it has closed. Not here: Node is inside OpenSSL, and with nothing
     // left below it would free at once what OpenSSL is using.
@@ -237,7 +266,7 @@ export class Connection implements Counted {
     this.#socket.off('close', this.#onClose); // from now on the TLS socket's counts, which takes the other with it
     this.#socket = socket;
     this.#identity = identity;
-    const handshake = this.#newHandshake(behindTls);
+    const handshake = this.#newHandshake({ behindTls });
     this.#state = { kind: 'handshake', handshake };
     this.#listen();
     handshake.start();
@@ -298,7 +327,8 @@ export class Connection implements Counted {
   }
 
   readonly #onError = (error: NodeJS.ErrnoException): void => {
-    if (this.#state.kind === 'handshake')
+    if (error instanceof BlockferryError) this.#parameters.complain(error.code, error.message, this.peer);
+    else if (this.#state.kind === 'handshake')
       this.#parameters.complain(`socket-${error.code ?? 'error'}`, lossOf(error), this.peer);
     this.#socket.destroy(); // a TLS socket leaves that to us
   };

@@ -1,4 +1,5 @@
 /** What a handshake needs and what comes of it. */
+import type { CompressionLevel } from '../codec/frames.js';
 import type { BlockDevice } from '../device.js';
 import type { TlsMode } from '../tls.js';
 import type { SelectedContext } from './contexts.js';
@@ -14,6 +15,12 @@ export type EndReason =
   | 'tls-required' // EXPORT_NAME, which has no way to say so either
   | 'connections-max' // EXPORT_NAME of an export that has all the clients it may have
   | 'shutting-down'; // EXPORT_NAME came too late
+
+/** What is still true in the handshake that goes on behind the option COMPRESSION. */
+export interface BehindCompression {
+  noZeroes: boolean;
+  secure: boolean;
+}
 
 export type HandshakeResult =
   | {
@@ -34,6 +41,8 @@ export type HandshakeResult =
     }
   /** The client was told to begin with TLS. `behindTls` is for the handshake that follows. */
   | { kind: 'starttls'; behindTls: { noZeroes: boolean } }
+  /** Both directions are compressed from here on. `rest`: what came behind the option, in frames already. */
+  | { kind: 'compression'; level: CompressionLevel; behindCompression: BehindCompression; rest: Buffer }
   | { kind: 'end'; reason: EndReason; detail: string };
 
 export interface HandshakeParameters {
@@ -42,6 +51,10 @@ export interface HandshakeParameters {
   tls?: TlsMode;
   /** This is the handshake that goes on behind STARTTLS, with what is still true of the one before. */
   behindTls?: { noZeroes: boolean };
+  /** Default: false. True: the option COMPRESSION is known here. */
+  compression?: boolean;
+  /** Likewise, behind that option. */
+  behindCompression?: BehindCompression;
   /** Takes what is to be sent; the buffer is the receiver's. */
   send(bytes: Buffer): void;
   /** Default: true. LIST is answered ERR_POLICY otherwise; who knows a name may use it. */

@@ -7,6 +7,7 @@
  * - What is held of a client's bytes is one incomplete unit, OPTION_BYTES_MAX at most.
  * - STARTTLS ends this handshake. Behind it another one begins, which knows nothing of this one but NO_ZEROES; what came in
  *   clear text behind STARTTLS is thrown away (CVE-2021-3716).
+ * - COMPRESSION, once, ends it likewise; behind it STARTTLS is refused.
  * Source: NetworkBlockDevice/nbd, doc/proto.md, «Fixed newstyle negotiation» to «Option types».
  */
 import { encodeGreeting } from '../codec/option-replies.js';
@@ -39,7 +40,8 @@ type State =
 export class Handshake {
   readonly #answers: OptionAnswers;
   readonly #send: (bytes: Buffer) => void;
-  readonly #secure: boolean;
+  /** It goes on behind TLS or compression. */
+  readonly #goesOn: boolean;
   #state: State = { kind: 'client-flags' };
   /** The incomplete unit: its first `#held` bytes are there. */
   #unit = Buffer.alloc(0);
@@ -49,13 +51,13 @@ export class Handshake {
   constructor(parameters: HandshakeParameters) {
     this.#answers = new OptionAnswers(parameters);
     this.#send = (bytes) => parameters.send(bytes);
-    this.#secure = parameters.behindTls !== undefined;
-    if (this.#secure) this.#state = { kind: 'option-header' };
+    this.#goesOn = parameters.behindTls !== undefined || parameters.behindCompression !== undefined;
+    if (this.#goesOn) this.#state = { kind: 'option-header' };
   }
 
-  /** Sends the greeting, unless that was done before TLS. Once, before the first `push`. */
+  /** Sends the greeting, unless that was done before TLS or compression. Once, before the first `push`. */
   start(): void {
-    if (!this.#secure) this.#send(encodeGreeting());
+    if (!this.#goesOn) this.#send(encodeGreeting());
   }
 
   get result(): HandshakeResult | undefined {

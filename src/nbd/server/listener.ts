@@ -31,6 +31,8 @@ export interface ListenerParameters {
   log: Logger;
   /** Default: no TLS. */
   tls?: ServerTlsSettings;
+  /** Default: false. Clients that ask for it have their connections compressed (docs/protocol.md). */
+  compression?: boolean;
   /** Default: true. False: clients must know the names. */
   listExports?: boolean;
   /** Clients in transmission, >= 1. Default: CONNECTIONS_MAX. */
@@ -91,6 +93,7 @@ export class Listener {
       refusal: (entry) => this.#refusal(entry),
       startSession,
       log,
+      compression: parameters.compression ?? false,
       tls: this.#tls,
       handshakeTimeoutMs: parameters.handshakeTimeoutMs ?? HANDSHAKE_TIMEOUT_MS,
       complain: (kind, detail, peer) => this.#complain(kind, detail, peer),

@@ -7,6 +7,8 @@
  * - After a result nothing is sent.
  * Source: NetworkBlockDevice/nbd, doc/proto.md, «Option types».
  */
+
+import { parseCompressionRequest } from '../codec/frames.js';
 import {
   encodeAck,
   encodeExportNameAnswer,
@@ -54,6 +56,8 @@ export class OptionAnswers {
   readonly #exports: ExportDirectory;
   readonly #tls: TlsMode;
   readonly #secure: boolean;
+  /** The option COMPRESSION: not known here, to be had, or on. */
+  readonly #compression: 'unknown' | 'offered' | 'on';
   readonly #send: (bytes: Buffer) => void;
   readonly #listExports: boolean;
   readonly #refusal: (entry: ExportEntry) => string | undefined;
@@ -65,8 +69,11 @@ export class OptionAnswers {
   constructor(parameters: HandshakeParameters) {
     this.#exports = parameters.exports;
     this.#tls = parameters.tls ?? 'off';
-    this.#secure = parameters.behindTls !== undefined;
-    this.noZeroes = parameters.behindTls?.noZeroes ?? false;
+    const { behindTls, behindCompression } = parameters;
+    this.#secure = behindTls !== undefined || behindCompression?.secure === true;
+    this.noZeroes = (behindCompression ?? behindTls)?.noZeroes ?? false;
+    if (behindCompression !== undefined) this.#compression = 'on';
+    else this.#compression = parameters.compression === true ? 'offered' : 'unknown';
     this.#send = (bytes) => parameters.send(bytes);
     this.#listExports = parameters.listExports ?? true;
     this.#refusal = (entry) => parameters.refusal?.(entry);
@@ -98,6 +105,8 @@ export class OptionAnswers {
         return this.#metaContext(option, data);
       case Option.EXTENDED_HEADERS:
         return this.#extendedHeaders(data);
+      case Option.COMPRESSION:
+        return this.#compress(data, rest);
       default:
         return this.#refuseUnknown(option);
     }
@@ -109,6 +118,8 @@ export class OptionAnswers {
     if (this.#exports.shuttingDown) return this.#refuseShuttingDown(option);
     if (option === Option.STARTTLS) return this.#refuseStartTls(true);
     if (this.#tlsMissing) return this.#refuseWithoutTls(option);
+    if (option === Option.COMPRESSION && this.#compression !== 'unknown')
+      return this.#refuse(option, OptionReply.ERR_INVALID, 'more data than COMPRESSION takes');
     if (!IMPLEMENTED.has(option)) return this.#refuseUnknown(option);
     if (option === Option.SET_META_CONTEXT) this.#agreed.contexts = undefined;
     return this.#refuse(option, OptionReply.ERR_TOO_BIG, `more than ${OPTION_BYTES_MAX} bytes of data`);
@@ -125,7 +136,8 @@ export class OptionAnswers {
   }
 
   #startTls(data: Buffer): HandshakeResult | undefined {
-    if (this.#tls === 'off' || this.#secure || data.length > 0) return this.#refuseStartTls(data.length > 0);
+    const possible = this.#tls !== 'off' && !this.#secure && this.#compression !== 'on';
+    if (!possible || data.length > 0) return this.#refuseStartTls(data.length > 0);
     this.#ack(Option.STARTTLS);
     return { kind: 'starttls', behindTls: { noZeroes: this.noZeroes } };
   }
@@ -133,8 +145,22 @@ export class OptionAnswers {
   #refuseStartTls(hasData: boolean): undefined {
     const option = Option.STARTTLS;
     if (this.#tls === 'off') return this.#refuseUnknown(option);
-    const why = hasData ? 'STARTTLS takes no data' : 'TLS is on already';
+    const late = this.#secure ? 'TLS is on already' : 'TLS must be started before compression';
+    const why = hasData ? 'STARTTLS takes no data' : late;
     return this.#refuse(option, OptionReply.ERR_INVALID, why);
+  }
+
+  #compress(data: Buffer, rest: Buffer): HandshakeResult | undefined {
+    const option = Option.COMPRESSION;
+    if (this.#compression === 'unknown') return this.#refuseUnknown(option);
+    if (this.#compression === 'on') return this.#refuse(option, OptionReply.ERR_INVALID, 'agreed on already');
+    const request = parseCompressionRequest(data);
+    if (!request.ok) return this.#refuse(option, OptionReply.ERR_INVALID, request.problem);
+    if (request.value === undefined)
+      return this.#refuse(option, OptionReply.ERR_UNSUP, 'that version of COMPRESSION is not known here');
+    this.#ack(option);
+    const behindCompression = { noZeroes: this.noZeroes, secure: this.#secure };
+    return { kind: 'compression', level: request.value, behindCompression, rest };
   }
 
   #refuseWithoutTls(option: number): undefined {
