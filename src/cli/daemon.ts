@@ -8,6 +8,7 @@ import type { OpenMode } from '../host/open.js';
 import { daemonLog, runDaemon } from '../host/run.js';
 import { controlSocketPath, defaultStateDir } from '../host/state-dir.js';
 import { activatedAddresses, formatListenAddress } from '../nbd/address.js';
+import type { Compression } from '../nbd/codec/frames.js';
 import { defaultName } from '../volume/open.js';
 import { type ClientOptions, guestClients } from './clients.js';
 import { daemonParts } from './parts.js';
@@ -23,6 +24,8 @@ export interface OneVolumeOptions extends TlsOptions, ClientOptions {
   transactionLog?: string;
   transactionLogData: boolean;
   logLevel: string;
+  /** Of `proxy`. */
+  compression?: Compression;
 }
 
 export async function runOneVolume(
@@ -52,6 +55,7 @@ export async function runOneVolume(
     ...tls,
     ...guestClients(options, tls.guestTls),
     ...sourceTls(options),
+    ...(options.compression === undefined ? {} : { compression: options.compression }),
     images: null,
     folders: [],
     machinesDir,

@@ -28,6 +28,7 @@ export function hostCommand(): Command {
           ...(sourceTls === null ? {} : { sourceTls }),
           guestPolicy: (volume) => guestPolicyOf(config, volume),
           linkPolicy: (volume) => linkPolicyOf(config, volume),
+          compression: config.compression,
           linkListsExports: config.listExports,
           limits,
           images,

@@ -1,4 +1,5 @@
 import { Command, Option } from 'commander';
+import type { Compression } from '../nbd/codec/frames.js';
 import { parseNbdUri } from '../nbd/uri.js';
 import type { BackgroundOrder } from '../relocation/background.js';
 import { clientOptions } from './clients.js';
@@ -12,7 +13,7 @@ import {
   tlsUsernameOption,
   tlsVerifyPeerOption,
 } from './tls.js';
-import { parseRate, parseSeconds } from './units.js';
+import { parseCompression, parseRate, parseSeconds } from './units.js';
 
 interface ProxyOptions extends OneVolumeOptions {
   standby: boolean;
@@ -21,6 +22,7 @@ interface ProxyOptions extends OneVolumeOptions {
   readAhead: boolean;
   order: BackgroundOrder;
   sourceTimeout?: number;
+  compression: Compression;
 }
 
 function checkedUri(text: string): string {
@@ -47,6 +49,12 @@ export function proxyCommand(): Command {
       '--source-timeout <seconds>',
       'fail reads after this long without the source (default: wait)',
       argument(parseSeconds),
+    )
+    .option(
+      '--compression <level>',
+      'of the link to a blockferry: off, auto, or a level of zstd from -7 to 19 (not 0)',
+      argument(parseCompression),
+      'auto',
     )
     .addOption(tlsModeOption())
     .addOption(tlsCertificatesOption())

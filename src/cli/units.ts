@@ -1,6 +1,7 @@
 /** Sizes and rates as people write and read them. Suffixes are powers of two, as in qemu-img and dd. */
 
 import { BlockferryError } from '../errors.js';
+import { type Compression, isLevel, LEVEL_MAX, LEVEL_MIN } from '../nbd/codec/frames.js';
 
 const COUNT_MAX = 65_536;
 const FACTOR: Record<string, number> = { '': 1, K: 2 ** 10, M: 2 ** 20, G: 2 ** 30, T: 2 ** 40 };
@@ -98,4 +99,14 @@ export function formatDuration(ms: number): string {
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${String(seconds % 60).padStart(2, '0')} s`;
   const minutes = Math.round(seconds / 60);
   return `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, '0')} min`;
+}
+
+/** off, auto, or a level of zstd. */
+export function parseCompression(text: string): Compression {
+  if (text === 'off' || text === 'auto') return text;
+  if (/^-?\d{1,2}$/.test(text) && isLevel(Number(text))) return Number(text);
+  throw new BlockferryError(
+    'usage',
+    `'${text}' is not off, auto or a level from ${LEVEL_MIN} to ${LEVEL_MAX} (not 0)`,
+  );
 }

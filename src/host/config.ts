@@ -6,6 +6,7 @@ import { parseDocument } from 'yaml';
 import { z } from 'zod';
 import { BlockferryError, messageOf } from '../errors.js';
 import { type MachineDefinition, machineDefinitionSchema } from '../hypervisor/driver.js';
+import { type Compression, isLevel } from '../nbd/codec/frames.js';
 import { CONNECTIONS_MAX, HANDSHAKE_TIMEOUT_MS, HANDSHAKES_MAX } from '../nbd/constants.js';
 import type { TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import { ACCESS_RULES_MAX, type AccessRule, parseAccessRule, unprovable } from '../nbd/server/access.js';
@@ -75,6 +76,9 @@ const configSchema = z.strictObject({
   tls: tlsSchema.optional(),
   access: access.optional(),
   listExports: z.boolean().default(true),
+  compression: z
+    .union([z.literal('off'), z.literal('auto'), z.number().refine(isLevel, 'is no level')])
+    .default('auto'),
   limits: z
     .strictObject({
       connections: clients.default(CONNECTIONS_MAX),
@@ -126,6 +130,8 @@ export interface HostConfig {
   tlsOnly: ReadonlySet<string>;
   /** Whom the link address gives volumes that have no rules of their own; null: everybody. */
   access: readonly AccessRule[] | null;
+  /** Of links, in either direction. */
+  compression: Compression;
   /** The link address tells its volumes' names. */
   listExports: boolean;
   limits: ListenLimits;
@@ -201,6 +207,7 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
     ...tlsOf(config.tls, absolute),
     tlsOnly: tlsOnlyOf(config.volumes, config.tls?.mode ?? 'off', file),
     access: config.access ?? null,
+    compression: config.compression,
     listExports: config.listExports,
     limits: {
       connectionsMax: config.limits.connections,

@@ -12,6 +12,7 @@ import { join } from 'node:path';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import type { MachineDefinition } from '../hypervisor/driver.js';
+import type { Compression } from '../nbd/codec/frames.js';
 import type { TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import type { ClientTlsSettings, ServerTlsSettings } from '../nbd/tls.js';
 import { VERSION } from '../version.js';
@@ -48,6 +49,8 @@ export interface DaemonOptions {
   guestTls?: ServerTlsSettings;
   /** What sources with TLS are asked with, where their URIs leave it open. */
   sourceTls?: ClientTlsSettings;
+  /** Of links: how sources are asked for it, and 'off' keeps others from having it here as well. Default: 'auto'. */
+  compression?: Compression;
   /** Whom a volume is for at the guests' addresses and at the link address; default: everybody who gets there. */
   guestPolicy?: (volume: string) => ExportPolicy;
   linkPolicy?: (volume: string) => ExportPolicy;
@@ -104,7 +107,12 @@ export class Daemon {
     const link = await openLink(options);
     const { hold, hypervisor } = parts;
     const { guestTls, limits = {}, guestPolicy, linkPolicy } = options;
-    const settings: ListenSettings = { limits, ...(guestTls === undefined ? {} : { tls: guestTls }) };
+    const compression = options.compression !== 'off';
+    const settings: ListenSettings = {
+      limits,
+      compression,
+      ...(guestTls === undefined ? {} : { tls: guestTls }),
+    };
     const volumes = new Volumes({
       stateDir,
       images,
@@ -240,12 +248,13 @@ export class Daemon {
 
 /** What of the daemon's settings a volume is opened with. */
 function settingsOf(
-  { sourceTls, transactionLogs }: DaemonOptions,
+  { sourceTls, compression, transactionLogs }: DaemonOptions,
   volume: string,
-): Pick<OpenVolumeOptions, 'sourceTls' | 'transactionLog'> {
+): Pick<OpenVolumeOptions, 'sourceTls' | 'sourceCompression' | 'transactionLog'> {
   const transactionLog = transactionLogs?.get(volume);
   return {
     ...(sourceTls === undefined ? {} : { sourceTls }),
+    ...(compression === undefined ? {} : { sourceCompression: compression }),
     ...(transactionLog === undefined ? {} : { transactionLog }),
   };
 }
@@ -269,7 +278,8 @@ async function openLink(
   const table = new ExportTable();
   const { link, log, linkTls, linkListsExports = true, limits = {}, parts } = options;
   const tls = linkTls === undefined ? {} : { tls: linkTls };
-  const settings = { limits, listExports: linkListsExports, ...tls };
+  const compression = options.compression !== 'off';
+  const settings = { limits, compression, listExports: linkListsExports, ...tls };
   return { table, listener: await parts.listen([link], table, log, settings) };
 }
 

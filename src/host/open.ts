@@ -1,6 +1,7 @@
 /** Opens a volume with its relocation, as every daemon runs it. */
 import type { Logger } from 'pino';
 import { BlockferryError } from '../errors.js';
+import type { Compression } from '../nbd/codec/frames.js';
 import type { BlockDevice } from '../nbd/device.js';
 import { TransactionLog, type TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
@@ -43,6 +44,8 @@ export interface OpenVolumeOptions {
   mode: OpenMode;
   /** For a source with TLS, where its URI leaves something open. */
   sourceTls?: ClientTlsSettings;
+  /** Of the link to the source; default: 'auto'. */
+  sourceCompression?: Compression;
   /** Where the guest's requests are recorded; default: nowhere. */
   transactionLog?: TransactionLogSettings;
   log: Logger;
@@ -59,7 +62,7 @@ const DEFAULTS: RelocationSettings = {
 
 /** Throws what volume/open.ts, NbdClient.connect and TransactionLog.open throw. */
 export async function openVolumeService(options: OpenVolumeOptions): Promise<VolumeService> {
-  const { mode, log, sourceTls, timing = {} } = options;
+  const { mode, log, sourceTls, sourceCompression, timing = {} } = options;
   // First: where it cannot be had, no volume is made.
   const transactionLog =
     options.transactionLog === undefined ? null : TransactionLog.open(options.transactionLog, log);
@@ -71,7 +74,9 @@ export async function openVolumeService(options: OpenVolumeOptions): Promise<Vol
       mode.kind === 'arrive' ? { ...settings, rateBytesPerSecond: mode.rateBytesPerSecond } : settings;
     const { source } = volume.identity.current;
     const relocation =
-      source === null ? null : new Relocation(volume, { ...limited, tls: sourceTls, log, timing });
+      source === null
+        ? null
+        : new Relocation(volume, { ...limited, tls: sourceTls, compression: sourceCompression, log, timing });
     return new RunningVolume(volume, relocation, transactionLog);
   } catch (error) {
     await volume?.close().catch(() => undefined);
@@ -208,7 +213,7 @@ class RunningVolume implements VolumeService {
         fromSourceBytes: fromSource,
         demandBytes: traffic?.demandBytes ?? 0,
         backgroundBytes: traffic?.backgroundBytes ?? 0,
-        wireBytes: fromSource, // until the link compresses
+        wireBytes: relocation?.link.wireBytes ?? 0,
         zeroBytes: traffic?.zeroBytes ?? 0,
       },
       clients: 0,

@@ -30,7 +30,7 @@ export type ListenLimits = Pick<
 >;
 
 /** What is absent has its default. */
-export interface ListenSettings extends Pick<ListenerParameters, 'tls' | 'listExports'> {
+export interface ListenSettings extends Pick<ListenerParameters, 'tls' | 'listExports' | 'compression'> {
   limits?: ListenLimits;
 }
 

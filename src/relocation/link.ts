@@ -12,11 +12,13 @@
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import { type Extent, NbdClient, NbdReplyError } from '../nbd/client/client.js';
+import type { Compression } from '../nbd/codec/frames.js';
 import { BASE_ALLOCATION, Errno, HEAT, TransmissionFlag } from '../nbd/constants.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
+import { parseNbdUri } from '../nbd/uri.js';
 import { type Asker, Budget } from './budget.js';
 import { allocationFrom, heatFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
-import { CONNECT_TIMEOUT_MS, whyNotTheSame } from './source-identity.js';
+import { CONNECT_TIMEOUT_MS, volumeDescribed, whyNotTheSame } from './source-identity.js';
 import { LinkWindow } from './window.js';
 
 export type Lane = 'demand' | 'bulk';
@@ -59,6 +61,8 @@ export interface LinkOptions {
   sourceTimeoutMs: number | null;
   /** For a source with TLS, where the URI leaves something open. */
   tls?: ClientTlsSettings | undefined;
+  /** Default: 'auto', which asks a blockferry that is not on this host. A level is asked for whoever the source is. */
+  compression?: Compression | undefined;
   log: Logger;
   timing?: Partial<LinkTiming>;
 }
@@ -98,11 +102,15 @@ export class Link {
   #overdue: BlockferryError | null = null;
   readonly #abort = new AbortController();
   readonly #loops: Promise<void>[] = [];
+  readonly #compression: Compression;
+  /** Of connections that are over. */
+  #wireBytesBefore = 0;
 
   constructor(private readonly options: LinkOptions) {
     const timing = { ...LINK_TIMING, ...options.timing };
     const patienceMs = Math.max(REQUEST_TIMEOUT_MS_MIN, options.sourceTimeoutMs ?? Number.POSITIVE_INFINITY);
     this.#timing = { ...timing, requestTimeoutMs: Math.min(timing.requestTimeoutMs, patienceMs) };
+    this.#compression = compressionFor(options);
     this.#lost();
     this.#open(0);
   }
@@ -118,6 +126,13 @@ export class Link {
 
   get uri(): string {
     return this.options.uri;
+  }
+
+  /** What the connections have received, compressed where they are, and with everything around the content. */
+  get wireBytes(): number {
+    let bytes = this.#wireBytesBefore;
+    for (const client of this.#alive) bytes += client.wireBytesReceived;
+    return bytes;
   }
 
   /** Bulk has connections of its own. */
@@ -267,6 +282,7 @@ export class Link {
       handshakeTimeoutMs: connectTimeoutMs,
       requestTimeoutMs,
       tls,
+      compression: this.#compression,
       signal: this.#abort.signal,
     });
     const why = whyNotTheSame(known, client.info) ?? whyNotReadable(client.info);
@@ -299,7 +315,7 @@ export class Link {
   }
 
   #drop(index: number, client: NbdClient, why: BlockferryError | null): void {
-    this.#alive.delete(client);
+    if (this.#alive.delete(client)) this.#wireBytesBefore += client.wireBytesReceived;
     if (this.#clients[index] === client) this.#clients[index] = null;
     if (this.#closed) return;
     this.#error = why === null ? 'the source closed the connection' : why.message;
@@ -369,6 +385,13 @@ export class Link {
     await Promise.all(this.#loops);
     clearTimeout(patience);
   }
+}
+
+/** Over a unix socket there is no wire to spare, and only a blockferry knows compression. */
+function compressionFor({ uri, known, compression = 'auto' }: LinkOptions): Compression {
+  if (compression !== 'auto') return compression;
+  const local = parseNbdUri(uri).address.kind === 'unix';
+  return local || volumeDescribed(known.description ?? '') === undefined ? 'off' : 'auto';
 }
 
 function isShutdown(error: unknown): boolean {

@@ -6,6 +6,7 @@
  */
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
+import type { Compression } from '../nbd/codec/frames.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { blockAt, blocksOf } from '../volume/blocks.js';
 import type { Volume } from '../volume/volume.js';
@@ -28,6 +29,8 @@ export interface RelocationOptions {
   sourceTimeoutMs: number | null;
   /** For a source with TLS, where its URI leaves something open. */
   tls?: ClientTlsSettings | undefined;
+  /** As in LinkOptions. */
+  compression?: Compression | undefined;
   log: Logger;
   timing?: Partial<RelocationTiming>;
 }
@@ -59,6 +62,7 @@ export class Relocation {
       known,
       sourceTimeoutMs: options.sourceTimeoutMs,
       tls: options.tls,
+      compression: options.compression,
       log: options.log,
       timing: this.#timing,
     });

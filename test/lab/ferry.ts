@@ -14,6 +14,7 @@ import pino from 'pino';
 import { type OpenMode, openVolumeService } from '../../src/host/open.js';
 import type { VolumeService } from '../../src/host/service.js';
 import { NbdClient } from '../../src/nbd/client/client.js';
+import type { Compression } from '../../src/nbd/codec/frames.js';
 import { Allocation } from '../../src/nbd/constants.js';
 import type { BlockDevice } from '../../src/nbd/device.js';
 import type { ExportEntry } from '../../src/nbd/server/exports.js';
@@ -144,6 +145,7 @@ export class Lab {
       name,
       image,
       mode,
+      ...(settings.sourceCompression === undefined ? {} : { sourceCompression: settings.sourceCompression }),
       log,
       timing,
     });
@@ -177,6 +179,7 @@ export interface ProxyOptions {
   order?: BackgroundOrder;
   rateBytesPerSecond?: number | null;
   sourceTimeoutMs?: number | null;
+  sourceCompression?: Compression;
   timing?: Partial<RelocationTiming>;
 }
 
@@ -230,6 +233,7 @@ class Server {
         return session;
       },
       log,
+      compression: true,
       handshakeDrainTimeoutMs: 100,
       sessionDrainTimeoutMs: 100,
     });

@@ -136,7 +136,7 @@ volumes: [{name: d, image: x, tlsOnly: true}, {name: e, image: y}]`;
 
   test('everybody who gets to the link address may read, unless it says otherwise', () => {
     const config = parseConfig(GOOD, '/etc/blockferry');
-    assert.deepEqual([config.access, config.listExports], [null, true]);
+    assert.deepEqual([config.access, config.listExports, config.compression], [null, true, 'auto']);
     assert.deepEqual(config.limits, {
       connectionsMax: CONNECTIONS_MAX,
       handshakesMax: HANDSHAKES_MAX,
