@@ -211,6 +211,10 @@ setup_build() {
     rm -rf dist
     setup_step 'npm ci' npm ci --include=dev --no-audit --no-fund
   fi
+  # Where npm runs no scripts of dependencies, or a download was refused half way.
+  if [ ! -e node_modules/zstd-napi/build/Release/binding.node ]; then
+    setup_step 'building zstd-napi' npm rebuild zstd-napi
+  fi
   if ! setup_up_to_date "$addon" native/src native/load native/binding.gyp; then
     setup_step 'building the native addon' npm run install
     touch "$addon"

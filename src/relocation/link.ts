@@ -13,6 +13,7 @@ import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import { type Extent, NbdClient, NbdReplyError } from '../nbd/client/client.js';
 import type { Compression } from '../nbd/codec/frames.js';
+import { zstdAvailable } from '../nbd/compression/available.js';
 import { BASE_ALLOCATION, Errno, HEAT, TransmissionFlag } from '../nbd/constants.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { parseNbdUri } from '../nbd/uri.js';
@@ -389,6 +390,7 @@ export class Link {
 
 /** Over a unix socket there is no wire to spare, and only a blockferry knows compression. */
 function compressionFor({ uri, known, compression = 'auto' }: LinkOptions): Compression {
+  if (!zstdAvailable()) return 'off';
   if (compression !== 'auto') return compression;
   const local = parseNbdUri(uri).address.kind === 'unix';
   return local || volumeDescribed(known.description ?? '') === undefined ? 'off' : 'auto';

@@ -9,6 +9,7 @@
  */
 
 import { parseCompressionRequest } from '../codec/frames.js';
+import { zstdAvailable } from '../compression/available.js';
 import {
   encodeAck,
   encodeExportNameAnswer,
@@ -73,7 +74,7 @@ export class OptionAnswers {
     this.#secure = behindTls !== undefined || behindCompression?.secure === true;
     this.noZeroes = (behindCompression ?? behindTls)?.noZeroes ?? false;
     if (behindCompression !== undefined) this.#compression = 'on';
-    else this.#compression = parameters.compression === true ? 'offered' : 'unknown';
+    else this.#compression = parameters.compression === true && zstdAvailable() ? 'offered' : 'unknown';
     this.#send = (bytes) => parameters.send(bytes);
     this.#listExports = parameters.listExports ?? true;
     this.#refusal = (entry) => parameters.refusal?.(entry);
