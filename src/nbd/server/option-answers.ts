@@ -9,7 +9,6 @@
  */
 
 import { parseCompressionRequest } from '../codec/frames.js';
-import { zstdAvailable } from '../compression/available.js';
 import {
   encodeAck,
   encodeExportNameAnswer,
@@ -27,6 +26,7 @@ import {
   parseInfoRequest,
   parseMetaContextRequest,
 } from '../codec/options.js';
+import { zstdAvailable } from '../compression/available.js';
 import {
   Info,
   LISTED_BYTES_MAX,
