@@ -73,7 +73,9 @@ for (const kind of KINDS) {
         const state = join(folder, 'state');
         const uri = kind.name === 'nbd-server' ? peer.uriOf('disk') : peer.uri;
         const listen = ['--listen', `unix:${join(folder, 's')}`, '--state-dir', state, '--log-level', 'warn'];
-        daemon = await DaemonProcess.start(['proxy', uri, image, '--bandwidth', '1M/s', ...listen]);
+        // A level is asked for of everybody; these do not know what that is, and are read from as ever.
+        const asking = ['--bandwidth', '1M/s', '--compression', '3'];
+        daemon = await DaemonProcess.start(['proxy', uri, image, ...asking, ...listen]);
         const control = new ControlClient(join(state, 'control', 'disk.img.sock'));
         const commands = [
           `write -P 5 ${10 * MIB + 1000} 9000`,

@@ -12,6 +12,7 @@ import { type ExportListener, ExportTable } from '../../../src/host/parts.js';
 import { DataThreads } from '../../../src/host/threads/data-threads.js';
 import type { RemoteVolume } from '../../../src/host/threads/remote-volume.js';
 import { NbdClient } from '../../../src/nbd/client/client.js';
+import { compressionPool } from '../../../src/nbd/compression/pool.js';
 import { Command, Option } from '../../../src/nbd/constants.js';
 import type { ServerTlsSettings } from '../../../src/nbd/tls.js';
 import { encodeRequest } from '../../fakes/raw-client.js';
@@ -70,7 +71,7 @@ async function share(
 ): Promise<ExportListener> {
   const table = new ExportTable();
   for (const held of volumes) table.add(held.name, () => held.linkDescription, held.link);
-  const settings = tls === undefined ? {} : { tls };
+  const settings = { compression: true, ...(tls === undefined ? {} : { tls }) };
   const listener = await listenWith(threads.startSession)([address], table, log, settings);
   open.push(listener);
   return listener;
@@ -281,6 +282,32 @@ describe('a connection behind TLS', () => {
     await until(() => listener.connections('a') === 0, 'the end of the lost one');
     await until(() => openSockets() === before, 'the last descriptor');
     const client = await NbdClient.connect(uri);
+    const closing = listener.close();
+    assert.notEqual(await client.closed, null);
+    await closing;
+  });
+});
+
+describe('a compressed connection', () => {
+  after(() => compressionPool().end());
+
+  test('stays here with its frames, is served over there, and leaves nothing behind', async () => {
+    const listener = await share('127.0.0.1:0', [await hold('a')]);
+    const [uri] = listener.addresses('a');
+    const before = openSockets();
+    for (const orderly of [true, false]) {
+      const client = await NbdClient.connect(uri!, { compression: 3 });
+      assert.ok(client.compressed);
+      const buffer = Buffer.alloc(SIZE);
+      const pieces = Array.from({ length: 8 }, (_, index) => index << 20);
+      await Promise.all(pieces.map((at) => client.read(at, 1 << 20, buffer, at)));
+      assert.ok(buffer.equals(content));
+      if (orderly) await client.close();
+      else client.destroy();
+      await until(() => listener.connections('a') === 0, 'the end of the session');
+      await until(() => openSockets() === before, 'the last descriptor');
+    }
+    const client = await NbdClient.connect(uri!, { compression: 'auto' });
     const closing = listener.close();
     assert.notEqual(await client.closed, null);
     await closing;
