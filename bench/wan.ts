@@ -6,15 +6,28 @@
  *     sequential    cold reads of 256 KiB in order, at depth 8 and 1: 20 ms, 1 Gbit/s
  *     random        cold reads of 4 KiB at depth 32 while all blocks are copied: 20 ms, 1 Gbit/s
  *     demand        4 KiB reads at depth 1 that have to wait, while the copy fills a line of 40 ms, 100 Mbit/s; and that copy alone
+ *     relocate      a file system of this machine's programs, half full, from `blockferry serve`: 20 ms, 100 Mbit/s; beside what its blocks
+ *                   that are not zero take there, compressed in pieces of 1 MiB by zstd's level 3
  *     copy          a whole image without a line, beside nbdcopy
  */
 
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  copyFileSync,
+  lstatSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
+import { compress } from 'zstd-napi';
 import { machineFactsHere } from '../src/bench/facts.js';
 import { makeImage } from '../src/bench/images.js';
 import { runLoad } from '../src/bench/load.js';
@@ -29,6 +42,9 @@ import { words as inside, type WanHost, WanLab, wanMissing } from '../test/lab/w
 const MEMORY = '/dev/shm';
 const MIB = 1 << 20;
 const PORT = 10809;
+/** Files of a usual system. */
+const FILES_FROM = '/usr/lib/x86_64-linux-gnu';
+const ZEROS = Buffer.alloc(4096);
 const START_TIMEOUT_MS = 10_000;
 const POLL_MS = 20;
 const HANDOFF_TIMEOUT_MS = 60_000;
@@ -72,15 +88,15 @@ async function started(place: Place, words: readonly string[], socket: string): 
 
 const OURS = 'blockferry proxy';
 
-const PROXIES: { name: string; start(place: Place, copies: boolean): Promise<Proxy> }[] = [
+const PROXIES: { name: string; start(place: Place, copies: boolean, more?: string[]): Promise<Proxy> }[] = [
   {
     name: OURS,
-    async start(place, copies) {
+    async start(place, copies, options = []) {
       const { folder } = place;
       const socket = join(folder, 'p.sock');
       const image = join(folder, 'disk.img');
       const spot = { folder, image, original: image, transport: 'unix' as const };
-      const more = copies ? [] : ['--no-background'];
+      const more = [...options, ...(copies ? [] : ['--no-background'])];
       const words = ourWords(spot, { kind: 'unix', path: socket }, 'proxy', place.source, image, ...more);
       const program = await started(place, words, socket);
       return {
@@ -127,6 +143,19 @@ const PROXIES: { name: string; start(place: Place, copies: boolean): Promise<Pro
   },
 ];
 
+/** Waits until an export can be opened from there. */
+async function reachable(host: WanHost | null, uri: string): Promise<void> {
+  const deadline = performance.now() + START_TIMEOUT_MS;
+  for (;;) {
+    const words = at(host, ['nbdinfo', '--size', uri]);
+    const child = spawn(words[0]!, words.slice(1), { stdio: 'ignore' });
+    const [code] = (await once(child, 'close')) as [number];
+    if (code === 0) return;
+    if (performance.now() > deadline) throw new Error('the source does not start');
+    await delay(POLL_MS);
+  }
+}
+
 /** nbdkit, anew for each proxy: some versions do not survive a client that is killed. */
 async function withSource<T>(
   host: WanHost | null,
@@ -139,15 +168,7 @@ async function withSource<T>(
   const program = new Program(at(host, ['nbdkit', '-f', '-t', '64', ...where, 'file', image]));
   const uri = host === null ? `nbd+unix:///?socket=${socket}` : `nbd://${host.address}:${PORT}/`;
   try {
-    const deadline = performance.now() + START_TIMEOUT_MS;
-    for (;;) {
-      const words = at(host, ['nbdinfo', '--size', uri]);
-      const child = spawn(words[0]!, words.slice(1), { stdio: 'ignore' });
-      const [code] = (await once(child, 'close')) as [number];
-      if (code === 0) break;
-      if (performance.now() > deadline) throw new Error('the source does not start');
-      await delay(POLL_MS);
-    }
+    await reachable(host, uri);
     return await use(uri);
   } finally {
     await program.stop();
@@ -286,6 +307,85 @@ async function bytesOver(lab: WanLab, work: () => Promise<unknown>): Promise<{ b
   };
 }
 
+/** An ext4 image of so many bytes with files of this machine in half of it. */
+function fileSystem(path: string, bytes: number, folder: string): void {
+  const files = join(folder, 'files');
+  mkdirSync(files);
+  let left = bytes / 2;
+  for (const name of readdirSync(FILES_FROM).sort()) {
+    const from = join(FILES_FROM, name);
+    const { size } = lstatSync(from);
+    if (!lstatSync(from).isFile() || size > left) continue;
+    copyFileSync(from, join(files, name));
+    left -= size;
+  }
+  writeFileSync(path, '');
+  truncateSync(path, bytes);
+  execFileSync('mke2fs', ['-q', '-t', 'ext4', '-b', '4096', '-d', files, path]);
+  rmSync(files, { recursive: true });
+}
+
+/** What the pieces of an image that are not all zeros come to, compressed. */
+function compressedBytes(path: string): number {
+  const content = readFileSync(path);
+  let sum = 0;
+  for (let from = 0; from < content.length; from += MIB) {
+    const blocks: Buffer[] = [];
+    for (let block = from; block < from + MIB; block += 4096) {
+      const bytes = content.subarray(block, block + 4096);
+      if (!bytes.equals(ZEROS)) blocks.push(bytes);
+    }
+    if (blocks.length > 0) sum += compress(Buffer.concat(blocks), { compressionLevel: 3 }).length;
+  }
+  return sum;
+}
+
+async function relocate(bench: Bench): Promise<Samples> {
+  const samples: Samples = {};
+  const rate = 100e6;
+  const image = join(bench.folder, 'ext4.img');
+  fileSystem(image, 512 * MIB, bench.folder);
+  const leastMs = (compressedBytes(image) * 8000) / rate;
+  const lab = await WanLab.create({ rttMs: 20, rateBitsPerSecond: rate, queueMs: 100 });
+  try {
+    for (let round = 0; round < rounds; round++) {
+      for (const compression of ['auto', '3', 'off']) {
+        tell(`round ${round + 1} of ${rounds}: relocate, compression ${compression}`);
+        const folder = join(bench.folder, String(turns++));
+        mkdirSync(folder);
+        const at = { folder, image, original: image, transport: 'unix' as const };
+        const address = { kind: 'tcp' as const, host: lab.a.address, port: PORT };
+        const source = new Program(inside(lab.a, ourWords(at, address, 'serve', image, '--read-only')));
+        await reachable(lab.b, `nbd://${lab.a.address}:${PORT}/disk`);
+        const place = {
+          folder: join(folder, 'b'),
+          host: lab.b,
+          source: `nbd://${lab.a.address}:${PORT}/disk`,
+          bytes: 512 * MIB,
+        };
+        mkdirSync(place.folder);
+        const proxy = await PROXIES[0]!.start(place, true, ['--compression', compression]);
+        const began = performance.now();
+        const client = new ControlClient(proxy.control!);
+        const { done } = await client.waitHandoff('disk', HANDOFF_TIMEOUT_MS);
+        const ms = performance.now() - began;
+        client.close();
+        if (!done) throw new Error('the proxy did not hand off');
+        await proxy.stop();
+        await source.stop();
+        if (!readFileSync(image).equals(readFileSync(join(place.folder, 'disk.img'))))
+          throw new Error('the copy differs');
+        rmSync(folder, { recursive: true });
+        add(samples, `${compression}: seconds`, ms / 1000);
+        add(samples, `${compression}: by the compressed bytes' time`, ms / leastMs);
+      }
+    }
+  } finally {
+    await lab.close();
+  }
+  return samples;
+}
+
 async function copy(bench: Bench): Promise<Samples> {
   const samples: Samples = {};
   const mibOf = (ms: number): number => bench.bytes / MIB / (ms / 1000);
@@ -321,6 +421,7 @@ const CASES: Record<string, (bench: Bench) => Promise<Samples>> = {
   'sequential d1': (bench) => sequential(bench, 1),
   random,
   demand,
+  relocate,
   copy,
 };
 

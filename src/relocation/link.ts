@@ -33,6 +33,9 @@ const LANE_BYTES_MAX = 32 << 20;
 /** A source timeout shorter than this does not shorten `requestTimeoutMs` any further: a slow disk is not a lost one. */
 const REQUEST_TIMEOUT_MS_MIN = 1_000;
 
+/** Within one building the wire is seldom what is short; with 'auto' a source that was reached sooner sends its blocks as they are. */
+const COMPRESSION_FROM_MS = 1;
+
 /** How long a source may take to hang up after our goodbye: one that hangs must not hold up the end of a daemon. */
 const GOODBYE_MS = 1_000;
 
@@ -284,6 +287,7 @@ export class Link {
       requestTimeoutMs,
       tls,
       compression: this.#compression,
+      compressionFromMs: this.#compression === 'auto' ? COMPRESSION_FROM_MS : 0,
       signal: this.#abort.signal,
     });
     const why = whyNotTheSame(known, client.info) ?? whyNotReadable(client.info);

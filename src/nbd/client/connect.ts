@@ -31,6 +31,8 @@ export interface ConnectLimits {
   readonly connectTimeoutMs?: number;
   /** From then until the handshake is over. Default HANDSHAKE_TIMEOUT_MS. */
   readonly handshakeTimeoutMs?: number;
+  /** A peer that was reached sooner is near, and not asked for compression: it would cost more than it gains. Default 0. */
+  readonly compressionFromMs?: number;
   /** Gives up connecting ('closed'). Of no effect once connected. */
   readonly signal?: AbortSignal;
 }
@@ -80,6 +82,7 @@ class Attempt implements Receiver {
   #timer: NodeJS.Timeout;
   #over = false;
   #stands = false;
+  readonly #begunAtMs = performance.now();
   #receiver: Receiver = this;
 
   constructor(
@@ -168,6 +171,7 @@ class Attempt implements Receiver {
   #connected(): void {
     if (this.#over) return;
     this.#stands = true;
+    this.#handshake.plain = performance.now() - this.#begunAtMs < (this.limits.compressionFromMs ?? 0);
     clearTimeout(this.#timer);
     const timeoutMs = this.limits.handshakeTimeoutMs ?? HANDSHAKE_TIMEOUT_MS;
     this.#timer = setTimeout(

@@ -98,6 +98,9 @@ export class ClientHandshake {
     return this.#state.step === 'start-tls';
   }
 
+  /** Compression is not asked for after all. */
+  plain = false;
+
   /** Frames begin now, in both directions; `receive` waits for `compressed`. */
   get startsCompression(): boolean {
     return this.#state.step === 'start-compression';
@@ -235,7 +238,7 @@ export class ClientHandshake {
     }
     if (!this.#fixedNewstyle) return this.#askExportName();
     const { compression = 'off' } = this.goal;
-    if (compression === 'off') return this.#askExtended();
+    if (compression === 'off' || this.plain) return this.#askExtended();
     const data = encodeCompressionRequest(compression);
     return this.#ask(Option.COMPRESSION, encodeOption(Option.COMPRESSION, data));
   }
