@@ -38,16 +38,13 @@ int64_t retried(Call call) {
   }
 }
 
-// One read or write of data. Not by libc's functions: those of a process with threads prepare for being cancelled, at 3 % of the cost of a
-// block from the page cache. Positions are whole in one argument: 64-bit systems only, as Node's are.
+// One read of data. Not by libc's functions: those of a process with threads prepare for being cancelled, at 3 % of the cost of a block from
+// the page cache. Positions are whole in one argument: 64-bit systems only, as Node's are. Writes do go by libc, where tests
+// that lose power listen.
 static_assert(sizeof(long) == 8);
 
 int64_t preadOnce(int fd, uint8_t* data, size_t length, uint64_t offset) {
   return retried([=] { return ::syscall(SYS_pread64, fd, data, length, offset); });
-}
-
-int64_t pwriteOnce(int fd, const uint8_t* data, size_t length, uint64_t offset) {
-  return retried([=] { return ::syscall(SYS_pwrite64, fd, data, length, offset); });
 }
 
 int64_t preadOnceNowait(int fd, uint8_t* data, size_t length, uint64_t offset) {
@@ -147,7 +144,8 @@ int64_t writeAll(int fd, const uint8_t* data, size_t length, uint64_t offset) {
   size_t done = 0;
   while (done < length) {
     const size_t piece = std::min(length - done, kTransferBytesMax);
-    const int64_t result = pwriteOnce(fd, data + done, piece, offset + done);
+    const int64_t result =
+        retried([=] { return ::pwrite(fd, data + done, piece, static_cast<off_t>(offset + done)); });
     if (result < 0) return result;
     if (result == 0) return -EIO;
     done += static_cast<size_t>(result);
