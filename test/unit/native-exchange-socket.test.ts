@@ -251,7 +251,7 @@ describe('exchange ends', () => {
     const bytes = Buffer.alloc(400 * round.length, round);
     await once(sentByThread(t, rig.pair.client, bytes), 'online');
     await turns(20);
-    let [done, received, most] = [rig.call(), 0, 0];
+    let [done, received, most] = [rig.call({ turnUs: 100 }), 0, 0];
     repeated(() => {
       received += done.receivedBytes;
       most = Math.max(most, done.receivedBytes);
