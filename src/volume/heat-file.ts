@@ -36,12 +36,16 @@ export interface HeatOwner {
   readonly size: number;
 }
 
+/** Those that are started: one timer wakes this thread for all of them. */
+const started = new Set<HeatFile>();
+let timer: NodeJS.Timeout | undefined;
+
 export class HeatFile {
   readonly #path: string;
   #savedCount: number;
   #last: Promise<void> = Promise.resolve();
   #removed = false;
-  #timer: NodeJS.Timeout | undefined;
+  #sweeps = 0;
 
   constructor(
     folder: string,
@@ -56,16 +60,22 @@ export class HeatFile {
 
   /** Decays the heat and saves it now and then, until `stop`. */
   start(): void {
-    let sweeps = 0;
-    this.#timer = setInterval(() => {
-      this.heat.sweep();
-      if (++sweeps % SAVE_SWEEPS === 0) void this.save();
-    }, SWEEP_INTERVAL_MS);
-    this.#timer.unref();
+    started.add(this);
+    timer ??= setInterval(() => {
+      for (const file of started) file.#sweep();
+    }, SWEEP_INTERVAL_MS).unref();
+  }
+
+  #sweep(): void {
+    this.heat.sweep();
+    if (++this.#sweeps % SAVE_SWEEPS === 0) void this.save();
   }
 
   stop(): void {
-    clearInterval(this.#timer);
+    started.delete(this);
+    if (started.size > 0) return;
+    clearInterval(timer);
+    timer = undefined;
   }
 
   /** Takes over what an earlier process kept, if it is whole and of this volume. */
