@@ -38,6 +38,15 @@ const BUSY_MS = 1_000;
 
 export type BackgroundState = 'running' | 'paused' | 'waiting' | 'done' | 'off';
 
+/** There is no data up to here. */
+interface Zeroes {
+  readonly end: number;
+}
+
+function isZeroes(found: Run | Zeroes): found is Zeroes {
+  return !('first' in found);
+}
+
 interface Wanted {
   first: number;
   readonly end: number;
@@ -325,8 +334,8 @@ export class Background {
       for (let run = order.next(this.#find); run !== undefined; run = order.next(this.#find)) {
         const data = this.#withoutZeroes(run);
         if (data === undefined) return undefined;
-        order.taken(data === 'zeroes' ? this.#zeroesEnd : data.end);
-        if (data !== 'zeroes') return data;
+        order.taken(data.end);
+        if (!isZeroes(data)) return data;
       }
     }
     return this.#nextLinear();
@@ -349,22 +358,16 @@ export class Background {
       }
       const data = this.#withoutZeroes(run);
       if (data === undefined) return undefined;
-      if (data === 'zeroes') this.#cursor = this.#zeroesEnd;
-      else {
-        this.#cursor = data.end;
-        return data;
-      }
+      this.#cursor = data.end;
+      if (!isZeroes(data)) return data;
     }
   }
-
-  /** Of the run of zeros that `#withoutZeroes` found last. */
-  #zeroesEnd = 0;
 
   /**
    * The part of a run that has data. Where its allocation is unknown, that is asked for first (undefined: wait); a run that
    * begins with zeros has them marked, and the search goes on behind them.
    */
-  #withoutZeroes(run: Run): Run | 'zeroes' | undefined {
+  #withoutZeroes(run: Run): Run | Zeroes | undefined {
     const allocation = this.#allocation;
     if (!allocation.told) return run;
     const known = allocation.around(run.first);
@@ -378,8 +381,7 @@ export class Background {
     if (zero.first > run.first) return { first: run.first, end: zero.first };
     if (this.#zeroing) return undefined;
     void this.#markZeroes(run.first, zero.end);
-    this.#zeroesEnd = zero.end;
-    return 'zeroes';
+    return { end: zero.end };
   }
 
   async #markZeroes(first: number, end: number): Promise<void> {

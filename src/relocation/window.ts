@@ -4,8 +4,9 @@
  * "BBR: Congestion-Based Congestion Control", 2016), one level above the transport, whose own control goes on below.
  *
  * - The rate is the greatest of the last rounds: bytes answered between a request and its answer, by the time between.
- * - The round trip is the least time that a request of the last seconds took, its own bytes' time on the link included. It can only be seen on an idle link: when
- *   no answer was as quick for a while (a queue of our own and a longer route cannot be told apart), one request goes alone.
+ * - The round trip is the least time that a request of the last seconds took, its own bytes' time on the link included. It can only be seen
+ *   on an idle link: when no answer was as quick for a while (a queue of our own and a longer route cannot be told apart), one request
+ *   goes alone.
  * - The window is moved around their product until a queue of a few milliseconds shows that the link is full, as LEDBAT has it (RFC 6817):
  *   slower, and a shorter one, while the guest waits for reads of its own.
  */
