@@ -90,9 +90,13 @@ void putDone(uint8_t* to, Form form, const Request& request) {
   else putSimple(to, request);
 }
 
+uint64_t endBlock(const Request& request) {
+  return (request.offset + request.length + (1u << kBlockBits) - 1) >> kBlockBits;
+}
+
 bool isPresent(const Target& target, const Request& request) {
   if (target.present == nullptr) return true;
-  const uint64_t end = (request.offset + request.length + (1u << kBlockBits) - 1) >> kBlockBits;
+  const uint64_t end = endBlock(request);
   if ((end + 7) / 8 > target.presentBytes) return false;
   for (uint64_t block = request.offset >> kBlockBits; block < end; block++) {
     if ((target.present[block >> 3] & (1u << (block & 7))) == 0) return false;
@@ -110,7 +114,15 @@ bool isOurs(const Target& target, Form form, const Request& request) {
   if ((request.flags & ~(read ? readFlags : writeFlags)) != 0) return false;
   if (request.length == 0 || request.length > (read ? target.readBytesMax : target.writeBytesMax)) return false;
   if (request.offset > target.bytes || request.length > target.bytes - request.offset) return false;
+  if (!read && target.dirty != nullptr && (endBlock(request) + 7) / 8 > target.dirtyBytes) return false;
   return isPresent(target, request);
+}
+
+void markDirty(const Target& target, const Request& request) {
+  if (target.dirty == nullptr) return;
+  const uint64_t end = endBlock(request);
+  for (uint64_t block = request.offset >> kBlockBits; block < end; block++)
+    target.dirty[block >> 3] = static_cast<uint8_t>(target.dirty[block >> 3] | (1u << (block & 7)));
 }
 
 }  // namespace
@@ -151,6 +163,7 @@ Batch execute(const Target& target, Form form, const uint8_t* in, size_t inBytes
     } else {
       if (left - headBytes < request.length) return stopped(Stop::kPartial);
       if (doneBytes > room) return stopped(Stop::kFull);
+      markDirty(target, request);
       if (writeAll(target.fd, head + headBytes, request.length, request.offset) < 0) return stopped(Stop::kOther);
       countHeat(target.heat, request.offset, request.length, kHeatWriteShift);
       putDone(reply, form, request);

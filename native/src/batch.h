@@ -7,6 +7,7 @@
 //   (a read cut short, a failed write) is left to be done again there.
 // - A READ's reply is whole, or nothing of it is there.
 // - Bits of presence are read, never set: a WRITE that would make a block present is the session's.
+// - Bits of the dirty map are set before the WRITE they tell of: whoever is killed in between has told too much, never too little.
 // - What was carried out here, and only that, is counted here.
 #pragma once
 
@@ -31,6 +32,8 @@ struct Target {
   const uint8_t* present;   // bit i: block i of 4 KiB is here; nullptr: all are
   uint64_t presentBytes;    // of the bitmap
   Heat heat;                // of `bytes` at least
+  uint8_t* dirty;           // a WRITE sets the bits of the blocks it touches, before it changes them; nullptr: none are kept
+  uint64_t dirtyBytes;      // of the bitmap; a WRITE beyond it is not ours
 };
 
 enum class Stop : uint32_t {

@@ -79,7 +79,7 @@ bool isJob(const ExchangeJob& job, size_t inBytes, size_t outBytes) {
 }
 
 napi_value Exchange(napi_env env, napi_callback_info info) {
-  Args<5> args(env, info);
+  Args<6> args(env, info);
   napi_typedarray_type type;
   size_t fields = 0;
   void* data = nullptr;
@@ -95,10 +95,16 @@ napi_value Exchange(napi_env env, napi_callback_info info) {
   napi_valuetype kind = napi_null;
   if (args.ok) napi_typeof(env, args[3], &kind);
   const Bytes present = kind == napi_null ? Bytes{} : args.bytes(3, "present");
-  napi_valuetype heatKind = napi_null;
-  if (args.ok) napi_typeof(env, args[4], &heatKind);
-  const bool counts = heatKind != napi_null && heatKind != napi_undefined;
+  // The last two may be absent.
+  const auto given = [&](int index) {
+    napi_valuetype of = napi_null;
+    if (args.ok) napi_typeof(env, args[index], &of);
+    return of != napi_null && of != napi_undefined;
+  };
+  const bool counts = given(4);
   const Bytes heat = counts ? args.bytes(4, "heat") : Bytes{};
+  const bool tracks = given(5);
+  const Bytes dirty = tracks ? args.bytes(5, "dirty") : Bytes{};
   if (!args.ok) return nullptr;
   auto* job = static_cast<ExchangeJob*>(data);
   if (!isJob(*job, in.length, out.length) ||
@@ -110,8 +116,10 @@ napi_value Exchange(napi_env env, napi_callback_info info) {
   // An empty bitmap has a bit for no block, and may have no address.
   static constexpr uint8_t kNoBits = 0;
   const uint8_t* bits = kind == napi_null ? nullptr : present.length == 0 ? &kNoBits : present.data;
+  static uint8_t noDirtyBits = 0;
+  uint8_t* dirtyBits = !tracks ? nullptr : dirty.length == 0 ? &noDirtyBits : dirty.data;
   const Ending ending = exchange(loop, *job, in.data, in.length, out.data, out.length, bits, present.length,
-                                 Heat{counts ? heat.data : nullptr});
+                                 Heat{counts ? heat.data : nullptr}, dirtyBits, dirty.length);
   return number(env, static_cast<int64_t>(ending));
 }
 
@@ -350,6 +358,19 @@ napi_value OnBitmap(napi_env env, napi_callback_info info) {
   return args.ok ? number(env, static_cast<int64_t>(Call(map.data, from, to))) : nullptr;
 }
 
+napi_value OrInto(napi_env env, napi_callback_info info) {
+  Args<2> args(env, info);
+  const Bytes map = args.bytes(0, "map");
+  const Bytes other = args.bytes(1, "other");
+  if (!args.ok) return nullptr;
+  if (map.length != other.length) {
+    napi_throw_range_error(env, "ERR_OUT_OF_RANGE", "the maps are not of one length");
+    return nullptr;
+  }
+  orInto(map.data, other.data, map.length);
+  return nullptr;
+}
+
 constexpr napi_property_descriptor method(const char* name, napi_callback call) {
   return {name, nullptr, call, nullptr, nullptr, nullptr, napi_enumerable, nullptr};
 }
@@ -386,6 +407,7 @@ constexpr napi_property_descriptor kMethods[] = {
     method("nextOne", OnBitmap<const uint8_t, nextOne>),
     method("setRange", OnBitmap<uint8_t, setRange>),
     method("clearRange", OnBitmap<uint8_t, clearRange>),
+    method("orInto", OrInto),
 };
 
 }  // namespace

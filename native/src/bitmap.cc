@@ -129,4 +129,19 @@ uint64_t clearRange(uint8_t* map, uint64_t from, uint64_t to) {
   return changed;
 }
 
+void orInto(uint8_t* map, const uint8_t* other, size_t bytes) {
+  size_t at = 0;
+  for (; at + 8 <= bytes; at += 8) {
+    uint64_t more, mine;
+    std::memcpy(&more, other + at, 8);
+    if (more == 0) continue;
+    std::memcpy(&mine, map + at, 8);
+    if ((more & ~mine) == 0) continue;
+    mine |= more;
+    std::memcpy(map + at, &mine, 8);
+  }
+  for (; at < bytes; at++)
+    if ((other[at] & ~map[at]) != 0) map[at] |= other[at];
+}
+
 }  // namespace blockferry

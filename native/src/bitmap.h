@@ -14,5 +14,7 @@ uint64_t nextOne(const uint8_t* map, uint64_t from, uint64_t to);
 // Answer how many bits were changed.
 uint64_t setRange(uint8_t* map, uint64_t from, uint64_t to);
 uint64_t clearRange(uint8_t* map, uint64_t from, uint64_t to);
+// Sets in `map` the bits that are set in `other`, of `bytes` bytes each. Memory that has nothing to gain is not written.
+void orInto(uint8_t* map, const uint8_t* other, size_t bytes);
 
 }  // namespace blockferry

@@ -127,7 +127,7 @@ size_t receivePayload(uv_loop_t* loop, int socket, uint8_t* data, size_t length,
 }
 
 Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, uint8_t* out, size_t outBytes,
-                const uint8_t* present, size_t presentBytes, Heat heat) {
+                const uint8_t* present, size_t presentBytes, Heat heat, uint8_t* dirty, size_t dirtyBytes) {
   const int socket = static_cast<int>(job.socket);
   const auto access = static_cast<uint32_t>(job.access);
   const Target target = {static_cast<int>(job.image),
@@ -139,7 +139,9 @@ Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, 
                          static_cast<uint32_t>(job.writeBytesMax),
                          present,
                          presentBytes,
-                         heat};
+                         heat,
+                         dirty,
+                         dirtyBytes};
   const Form form = static_cast<Form>(static_cast<uint32_t>(job.form));
   auto at = static_cast<size_t>(job.at);
   auto end = static_cast<size_t>(job.end);

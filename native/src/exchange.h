@@ -57,6 +57,6 @@ struct ExchangeJob {
 size_t receivePayload(uv_loop_t* loop, int socket, uint8_t* data, size_t length, double turnUs);
 
 Ending exchange(uv_loop_t* loop, ExchangeJob& job, uint8_t* in, size_t inBytes, uint8_t* out, size_t outBytes,
-                const uint8_t* present, size_t presentBytes, Heat heat);
+                const uint8_t* present, size_t presentBytes, Heat heat, uint8_t* dirty, size_t dirtyBytes);
 
 }  // namespace blockferry

@@ -6,16 +6,19 @@ import { defaultStateDir, migrationsDir } from '../host/state-dir.js';
 import { runMove } from '../migration/coordinator.js';
 import { Journal } from '../migration/journal.js';
 import type { MoveProgress } from '../migration/perform.js';
-import { makePlan } from '../migration/plan.js';
+import { makePlan, type Switch } from '../migration/plan.js';
 import type { MoveResult } from '../migration/result.js';
+import type { Compression } from '../nbd/codec/frames.js';
 import { argument, findMachine, printJson, stateDirOption } from './common.js';
 import { LiveLine, progressLine } from './progress.js';
-import { formatDuration, formatSize, parseRate } from './units.js';
+import { formatDuration, formatSize, parseCompression, parseRate, parseSeconds } from './units.js';
 
 interface MigrateOptions {
   from?: string;
   to?: string;
-  switch: 'now';
+  switch: Switch;
+  preCopyLimit?: number;
+  compression?: Compression;
   bandwidth?: number | null;
   deleteSource: boolean;
   resume: boolean;
@@ -35,8 +38,18 @@ export function migrateCommand(): Command {
     .option('--to <control>', 'control socket of the host it moves to')
     .addOption(
       new Option('--switch <when>', 'how much crosses before the machine moves')
-        .choices(['now'])
-        .default('now'),
+        .choices(['now', 'hot', 'all'])
+        .default('hot'),
+    )
+    .option(
+      '--pre-copy-limit <seconds>',
+      'move the machine after this long, however much has crossed (default: 3600)',
+      argument(parseSeconds),
+    )
+    .option(
+      '--compression <level>',
+      'of the link: off, auto, or a level of zstd from -7 to 19 (default: as the destination is set)',
+      argument(parseCompression),
     )
     .option(
       '--bandwidth <rate>',
@@ -107,6 +120,8 @@ async function begin(folder: string, vm: string, options: MigrateOptions): Promi
   const request = {
     vm,
     switch: options.switch,
+    compression: options.compression ?? null,
+    ...(options.preCopyLimit === undefined ? {} : { preCopyMsMax: options.preCopyLimit }),
     bandwidthBytesPerSecond: options.bandwidth ?? null,
     deleteSourceImages: options.deleteSource,
   };
@@ -141,6 +156,7 @@ function changing(event: Exclude<MoveProgress, { kind: 'step' | 'turn' }>): stri
       const { ramTransferredBytes = 0, ramRemainingBytes = 0 } = event.info;
       return `memory: ${formatSize(ramTransferredBytes)} sent, ${formatSize(ramRemainingBytes)} left`;
     }
+    case 'pre-copy':
     case 'relocation':
       return event.volumes.map(progressLine).join('; ');
     case 'waiting':

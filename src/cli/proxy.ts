@@ -1,4 +1,5 @@
 import { Command, Option } from 'commander';
+import { BlockferryError } from '../errors.js';
 import type { Compression } from '../nbd/codec/frames.js';
 import { parseNbdUri } from '../nbd/uri.js';
 import type { BackgroundOrder } from '../relocation/background.js';
@@ -17,6 +18,7 @@ import { parseCompression, parseRate, parseSeconds } from './units.js';
 
 interface ProxyOptions extends OneVolumeOptions {
   standby: boolean;
+  preCopy?: string;
   bandwidth?: number | null;
   background: boolean;
   readAhead: boolean;
@@ -39,6 +41,10 @@ export function proxyCommand(): Command {
     .option('--name <name>', 'name of the volume and its export (default: from the file name)')
     .addOption(listenOption())
     .option('--standby', 'keep nothing that is read until the first write or `takeover`', false)
+    .option(
+      '--pre-copy <context>',
+      'of a standby: copy ahead, from a source that tells its changes in this metadata context, as in qemu:dirty-bitmap:NAME',
+    )
     .option('--bandwidth <rate>', 'limit of the background copy, as in 100M/s', argument(parseRate))
     .addOption(
       new Option('--order <order>', 'order of the background copy').choices(['hot', 'linear']).default('hot'),
@@ -67,10 +73,14 @@ export function proxyCommand(): Command {
     .option('--control <path>', 'path of the control socket (default: STATE/control/NAME.sock)')
     .addOption(logLevelOption())
     .action(async (sourceUri: string, disk: string, options: ProxyOptions) => {
+      const { standby, preCopy: context } = options;
+      if (context !== undefined && !standby)
+        throw new BlockferryError('usage', '--pre-copy is for a standby: give --standby as well');
       await runOneVolume('proxy', disk, options, {
         kind: 'proxy',
         sourceUri,
-        standby: options.standby,
+        standby,
+        preCopy: context === undefined ? null : { context, cookie: null, fills: true },
         background: options.background,
         readAhead: options.readAhead,
         order: options.order,

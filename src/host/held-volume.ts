@@ -12,7 +12,7 @@ import {
   type Listen,
   type ListenSettings,
 } from './parts.js';
-import type { RetreatProof, VolumeService, VolumeStatus } from './service.js';
+import type { RetreatProof, RoundCut, Tracking, VolumeService, VolumeStatus } from './service.js';
 
 export type OpenVolume = (options: OpenVolumeOptions) => Promise<VolumeService>;
 
@@ -46,6 +46,10 @@ export interface HeldVolume {
   seal(generation: number): Promise<void>;
   unseal(proof: RetreatProof): Promise<void>;
   retire(options: { deleteImage: boolean }): Promise<void>;
+  track(moveId: string, since: number | null): Promise<Tracking>;
+  cut(moveId: string, cookie: number): Promise<RoundCut>;
+  untrack(moveId: string): Promise<void>;
+  refresh(from: number, to: number): Promise<void>;
   takeover(generation?: number): Promise<{ generation: number }>;
   settle(): Promise<void>;
   retreat(): Promise<RetreatProof>;
@@ -152,6 +156,22 @@ export class LocalVolume implements HeldVolume {
 
   retire(options: { deleteImage: boolean }): Promise<void> {
     return this.service.retire(options);
+  }
+
+  track(moveId: string, since: number | null): Promise<Tracking> {
+    return this.service.track(moveId, since);
+  }
+
+  cut(moveId: string, cookie: number): Promise<RoundCut> {
+    return this.service.cut(moveId, cookie);
+  }
+
+  untrack(moveId: string): Promise<void> {
+    return this.service.untrack(moveId);
+  }
+
+  refresh(from: number, to: number): Promise<void> {
+    return this.service.refresh(from, to);
   }
 
   takeover(generation?: number): Promise<{ generation: number }> {

@@ -8,10 +8,14 @@ import type { ClientTlsSettings } from '../nbd/tls.js';
 import type { BackgroundOrder } from '../relocation/background.js';
 import { Relocation, type RelocationTiming } from '../relocation/relocation.js';
 import { describeVolume, probeSource, volumeDescribed } from '../relocation/source-identity.js';
+import type { Tracking } from '../volume/dirty.js';
 import { GuestDevice, LinkDevice } from '../volume/faces.js';
+import type { Identity } from '../volume/identity.js';
 import { createProxied, openPlain, reopen } from '../volume/open.js';
-import type { RetreatProof, Volume } from '../volume/volume.js';
+import type { RetreatProof, RoundCut, Volume } from '../volume/volume.js';
 import type { VolumeService, VolumeStatus } from './service.js';
+
+export type PreCopy = NonNullable<Identity['preCopy']>;
 
 export interface RelocationSettings {
   background: boolean;
@@ -25,7 +29,12 @@ export interface RelocationSettings {
 
 export type OpenMode =
   | { kind: 'serve'; readOnly: boolean }
-  | ({ kind: 'proxy'; sourceUri: string; standby: boolean } & Partial<RelocationSettings>)
+  | ({
+      kind: 'proxy';
+      sourceUri: string;
+      standby: boolean;
+      preCopy?: PreCopy | null;
+    } & Partial<RelocationSettings>)
   | {
       kind: 'arrive';
       sourceUri: string;
@@ -33,6 +42,12 @@ export type OpenMode =
       generation: number;
       size: number;
       rateBytesPerSecond: number | null;
+      /** Of the link to the source, in place of `sourceCompression`. */
+      compression?: Compression;
+      /** See Identity. */
+      preCopy?: PreCopy | null;
+      /** The image is the volume's own of an earlier stay. */
+      home?: boolean;
     }
   | { kind: 'resume' };
 
@@ -73,10 +88,11 @@ export async function openVolumeService(options: OpenVolumeOptions): Promise<Vol
     const limited =
       mode.kind === 'arrive' ? { ...settings, rateBytesPerSecond: mode.rateBytesPerSecond } : settings;
     const { source } = volume.identity.current;
+    const compression = (mode.kind === 'arrive' ? mode.compression : undefined) ?? sourceCompression;
     const relocation =
       source === null
         ? null
-        : new Relocation(volume, { ...limited, tls: sourceTls, compression: sourceCompression, log, timing });
+        : new Relocation(volume, { ...limited, tls: sourceTls, compression, log, timing });
     return new RunningVolume(volume, relocation, transactionLog);
   } catch (error) {
     await volume?.close().catch(() => undefined);
@@ -116,7 +132,13 @@ async function openVolume(options: OpenVolumeOptions): Promise<Volume> {
     size,
     source: { uri: mode.sourceUri, description: facts.description === '' ? null : facts.description },
     standby: mode.kind === 'arrive' || mode.standby,
-    arrival: mode.kind === 'arrive' ? { volumeId: mode.volumeId, generation: mode.generation } : null,
+    ...(mode.kind === 'arrive'
+      ? {
+          arrival: { volumeId: mode.volumeId, generation: mode.generation },
+          preCopy: mode.preCopy ?? null,
+          home: mode.home ?? false,
+        }
+      : { arrival: null, preCopy: mode.preCopy ?? null }),
   });
 }
 
@@ -216,10 +238,25 @@ class RunningVolume implements VolumeService {
         wireBytes: relocation?.link.wireBytes ?? 0,
         zeroBytes: traffic?.zeroBytes ?? 0,
       },
+      preCopy: this.#preCopy(),
+      tracking: this.#tracking(),
       clients: 0,
       handoffAt,
       error: failure?.message ?? relocation?.error ?? this.transactionLog?.failure?.message ?? null,
     };
+  }
+
+  #preCopy(): VolumeStatus['preCopy'] {
+    const { volume, relocation } = this;
+    if (volume.phase !== 'standby' || volume.preCopy === null) return null;
+    const { caughtUp = false, hotDone = false } = relocation?.background ?? {};
+    const missingBytes = volume.size - volume.store.presentBytes;
+    return { cookie: volume.preCopy.cookie, caughtUp, hotDone, missingBytes };
+  }
+
+  #tracking(): VolumeStatus['tracking'] {
+    const { dirty } = this.volume.store;
+    return dirty === null ? null : { moveId: dirty.move, since: dirty.since === 0 ? null : dirty.since };
   }
 
   get settled(): boolean {
@@ -244,6 +281,22 @@ class RunningVolume implements VolumeService {
 
   retire(options: { deleteImage: boolean }): Promise<void> {
     return this.volume.retire(options);
+  }
+
+  track(moveId: string, since: number | null): Promise<Tracking> {
+    return this.volume.track(moveId, since);
+  }
+
+  cut(moveId: string, cookie: number): Promise<RoundCut> {
+    return this.volume.cut(moveId, cookie);
+  }
+
+  untrack(moveId: string): Promise<void> {
+    return this.volume.untrack(moveId);
+  }
+
+  async refresh(from: number, to: number): Promise<void> {
+    await this.#relocating().refresh(from, to);
   }
 
   takeover(generation?: number): Promise<{ generation: number }> {

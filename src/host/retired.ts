@@ -8,7 +8,8 @@
 import { existsSync, mkdirSync, renameSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { BlockferryError, messageOf } from '../errors.js';
-import { readIdentity } from '../volume/identity.js';
+import { IdentityFile, readIdentity } from '../volume/identity.js';
+import { stampOfFile } from '../volume/image.js';
 
 function asideOf(stateDir: string, name: string): string {
   return join(stateDir, 'daemons', 'retired', name);
@@ -18,6 +19,29 @@ function asideOf(stateDir: string, name: string): string {
 export async function retiredId(stateDir: string, name: string): Promise<string | null> {
   const identity = await readIdentity(join(stateDir, name)).catch(() => undefined);
   return identity?.phase === 'retired' ? identity.id : null;
+}
+
+/** What a volume that moved away left here: its image, as it was in that generation. */
+export interface Home {
+  readonly id: string;
+  readonly generation: number;
+  readonly image: string;
+}
+
+/** Null unless the image is known to be untouched since the volume was retired. */
+export async function homeOf(stateDir: string, name: string): Promise<Home | null> {
+  const identity = await readIdentity(join(stateDir, name)).catch(() => undefined);
+  if (identity?.phase !== 'retired' || identity.imageStamp === null) return null;
+  const { id, generation, image, imageStamp } = identity;
+  return stampOfFile(image) === imageStamp ? { id, generation, image } : null;
+}
+
+/** The image is about to be written to: from now on, durably, it is no generation's. */
+export async function giveUpHome(stateDir: string, name: string): Promise<void> {
+  const folder = join(stateDir, name);
+  const identity = await readIdentity(folder);
+  if (identity === undefined || identity.imageStamp === null) return;
+  await new IdentityFile(folder, identity, { stored: true }).update({ imageStamp: null });
 }
 
 /** Makes room for the volume that comes back. */

@@ -3,10 +3,11 @@
 import type { BlockDevice } from '../nbd/device.js';
 import type { BackgroundOrder, BackgroundState } from '../relocation/background.js';
 import type { LinkState } from '../relocation/link.js';
+import type { Tracking } from '../volume/dirty.js';
 import type { Phase } from '../volume/phase.js';
-import type { RetreatProof } from '../volume/volume.js';
+import type { RetreatProof, RoundCut } from '../volume/volume.js';
 
-export type { Phase, RetreatProof };
+export type { Phase, RetreatProof, RoundCut, Tracking };
 
 /** `status --json` of a volume: stable for scripts (design, section 8). Sizes in bytes, times ISO 8601. */
 export interface VolumeStatus {
@@ -33,6 +34,16 @@ export interface VolumeStatus {
     wireBytes: number;
     zeroBytes: number;
   };
+  /** Of a standby that copies ahead, or has an old image of the volume: the round it knows, and what is left to copy before the takeover. */
+  preCopy: {
+    cookie: number | null;
+    caughtUp: boolean;
+    /** All is here of what the machine reads at the source. */
+    hotDone: boolean;
+    missingBytes: number;
+  } | null;
+  /** Of a volume whose changes are kept: the move that copies it, and the generation whose image somebody may still have. */
+  tracking: { moveId: string | null; since: number | null } | null;
   clients: number;
   handoffAt: string | null;
   error: string | null;
@@ -62,6 +73,14 @@ export interface VolumeService {
   unseal(proof: RetreatProof): Promise<void>;
   /** Sealed -> retired: never served again. The image stays, or is deleted. */
   retire(options: { deleteImage: boolean }): Promise<void>;
+
+  /** Source side: a move begins to copy, and is told what changes, from generation `since` on if that is known. See volume/dirty.ts. */
+  track(moveId: string, since: number | null): Promise<Tracking>;
+  /** Begins the next round of changes. Idempotent. */
+  cut(moveId: string, cookie: number): Promise<RoundCut>;
+  untrack(moveId: string): Promise<void>;
+  /** Standby: takes to heart what the source changed up to round `to`, which follows `from`. Idempotent. */
+  refresh(from: number, to: number): Promise<void>;
 
   /** Destination side: standby -> relocating as `generation` (default: the next one). Idempotent per generation. */
   takeover(generation?: number): Promise<{ generation: number }>;

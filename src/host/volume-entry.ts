@@ -23,7 +23,7 @@ export function unavailable(
   retired: string | null,
   error: string,
 ): UnavailableVolume {
-  return { name, phase: 'unavailable', retiredId: retired, image, error };
+  return { name, phase: 'unavailable', retiredId: retired, image, error, home: null };
 }
 
 /** `quiet`: once no change of its phase is under way. */
@@ -41,6 +41,7 @@ export async function viewOf(
     image: service.image,
     linkUri: link?.addresses(service.name)[0] ?? null,
     allocatedBytes: allocatedBytes(service.image, service.size),
+    home: null,
   };
 }
 

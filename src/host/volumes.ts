@@ -22,13 +22,14 @@
 import { mkdirSync } from 'node:fs';
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
+import { DIRTY } from '../nbd/constants.js';
 import type { CreateVolume, VolumeView } from './control/api.js';
 import type { HeldVolume, HoldVolume } from './held-volume.js';
 import { freeBytes, freeImagePath } from './images.js';
 import type { OpenMode } from './open.js';
 import type { ExportListener, ExportPolicy, ExportTable, ListenSettings } from './parts.js';
 import type { DaemonRecord } from './record.js';
-import { bringRetiredBack, retiredId, setRetiredAside } from './retired.js';
+import { bringRetiredBack, giveUpHome, type Home, homeOf, retiredId, setRetiredAside } from './retired.js';
 import type { Phase, RetreatProof } from './service.js';
 import { hasState } from './state-dir.js';
 import { ThreadLostError } from './threads/messages.js';
@@ -125,7 +126,7 @@ export class Volumes {
   private async viewIfThere(name: string): Promise<VolumeView | null> {
     const entry = this.entries.get(name);
     if (!entry) return null;
-    if (entry.kind === 'unavailable') return entry.view;
+    if (entry.kind === 'unavailable') return this.withHome(entry.view);
     try {
       return await this.look(entry);
     } catch (error) {
@@ -160,6 +161,7 @@ export class Volumes {
       if (images === null)
         throw new BlockferryError('usage', 'this daemon serves one volume and takes no others');
       const present = this.entries.get(name);
+      const home = await this.homeFor(request);
       if (present?.kind === 'open') {
         const { status } = await present.service.look();
         if (present.service.id === request.volumeId && status.phase === 'standby') return this.look(present);
@@ -176,8 +178,8 @@ export class Volumes {
       if (this.entries.size >= VOLUMES_MAX) {
         throw new BlockferryError('no-space', `this daemon has ${VOLUMES_MAX} volumes and takes no more`);
       }
-      const image = request.image ?? freeImagePath(images, name, request.generation);
-      await this.receive(request, image);
+      const image = home?.image ?? request.image ?? freeImagePath(images, name, request.generation);
+      await this.receive(request, image, home !== null);
       return this.view(name);
     });
   }
@@ -228,15 +230,44 @@ export class Volumes {
     });
   }
 
-  private async receive(request: CreateVolume, image: string): Promise<void> {
+  /** The volume's own image of an earlier stay, if it is to come home to that. It must be what the source was told. */
+  private async homeFor({ name, volumeId, preCopy = null }: CreateVolume): Promise<Home | null> {
+    const since = preCopy?.since ?? null;
+    if (since === null) return null;
+    const standby = this.entries.get(name);
+    if (standby?.kind === 'open' && standby.service.id === volumeId) {
+      if ((await standby.service.look()).status.phase === 'standby') return null; // repeated: it is here
+    }
+    const home = await homeOf(this.options.stateDir, name);
+    if (home?.id === volumeId && home.generation === since) return home;
+    throw new BlockferryError(
+      'state-mismatch',
+      `the image of "${name}" that was left here is not generation ${since} any more: plan the move anew`,
+    );
+  }
+
+  private async receive(request: CreateVolume, image: string, home: boolean): Promise<void> {
     const { stateDir, images, record } = this.options;
     const { name, sourceUri, volumeId, generation, size, rateBytesPerSecond = null } = request;
+    const { compression, preCopy: round = null } = request;
+    const preCopy = round === null ? null : { context: DIRTY, cookie: round.cookie, fills: round.fills };
     this.entries.delete(name);
     await record.expectVolume(name, image, volumeId);
     try {
+      if (home) await giveUpHome(stateDir, name);
       if ((await retiredId(stateDir, name)) !== null) setRetiredAside(stateDir, name);
       if (request.image === undefined && images !== null) mkdirSync(images, { recursive: true, mode: 0o700 });
-      const mode = { kind: 'arrive', sourceUri, volumeId, generation, size, rateBytesPerSecond } as const;
+      const mode = {
+        kind: 'arrive',
+        sourceUri,
+        volumeId,
+        generation,
+        size,
+        rateBytesPerSecond,
+        preCopy,
+        home,
+        ...(compression === undefined ? {} : { compression }),
+      } as const;
       await this.openEntry(name, image, mode, new Occurrence());
     } catch (error) {
       await this.notArrived(name, image, error);
@@ -300,8 +331,15 @@ export class Volumes {
     throw new BlockferryError('closed', `volume "${name}" is not served: ${entry.view.error}`);
   }
 
-  private look(entry: VolumeEntry, quiet = false): Promise<VolumeView> {
-    return viewOf(entry, quiet, this.options.link?.listener);
+  private async look(entry: VolumeEntry, quiet = false): Promise<VolumeView> {
+    return this.withHome(await viewOf(entry, quiet, this.options.link?.listener));
+  }
+
+  /** Of a volume that moved away. */
+  private async withHome(view: VolumeView): Promise<VolumeView> {
+    const left = view.phase === 'retired' || (view.phase === 'unavailable' && view.retiredId !== null);
+    if (!left) return view;
+    return { ...view, home: (await homeOf(this.options.stateDir, view.name))?.generation ?? null };
   }
 
   /** A thread that died meanwhile may have died of another volume: a second attempt, of one volume at a time, tells. */

@@ -43,6 +43,9 @@ export async function observe(from: HostControl, to: HostControl, journal: Journ
     departed: machine === null || machine.state === 'departed',
     destination,
     arrived: destination === 'ran' || journal.result('arrivedAt') !== undefined,
+    copiedAhead:
+      plan.switch === 'now' ||
+      journal.entries.some((entry) => entry.kind === 'end' && entry.step === 'pre-copy'),
     volumes,
   };
 }
@@ -97,6 +100,8 @@ export function applyStep(facts: Facts, step: StepName, proofs: readonly (Retrea
       return { ...facts, claimed: true };
     case 'create-volumes':
       return { ...facts, volumes: volumes({ destination: 'standby' }) };
+    case 'pre-copy':
+      return { ...facts, copiedAhead: true };
     case 'incoming':
       return { ...facts, destination: 'incoming' };
     case 'migrate':

@@ -7,6 +7,7 @@ import { delay } from '../host/waiting.js';
 import type { MigrationInfo } from '../hypervisor/driver.js';
 import type { StepResult } from './journal.js';
 import type { MovePlan } from './plan.js';
+import { copyAhead, Rounds } from './rounds.js';
 import type { Facts, StepName } from './steps.js';
 
 export interface Timing {
@@ -29,6 +30,7 @@ export const DEFAULT_TIMING: Timing = {
 export type MoveProgress =
   | { kind: 'step'; step: StepName }
   | { kind: 'ram'; info: MigrationInfo }
+  | { kind: 'pre-copy'; volumes: VolumeView[] }
   | { kind: 'relocation'; volumes: VolumeView[] }
   | { kind: 'turn'; direction: 'forward' | 'back'; why: string }
   | { kind: 'waiting'; why: string };
@@ -62,6 +64,9 @@ export async function perform(step: StepName, context: StepContext): Promise<Ste
       break;
     case 'create-volumes':
       await createVolumes(context);
+      break;
+    case 'pre-copy':
+      await copyAhead(context);
       break;
     case 'incoming':
       result.uri = (await to.incoming(vm, id, plan.definition)).uri;
@@ -103,6 +108,7 @@ export async function perform(step: StepName, context: StepContext): Promise<Ste
         await from.retire(volume.name, { deleteImage: plan.deleteSourceImages });
       break;
     case 'release':
+      await untrack(context);
       await to.release(vm, id);
       // Last: as long as the source is claimed, a coordinator that goes on comes by here again.
       await from.release(vm, id);
@@ -134,13 +140,30 @@ export async function perform(step: StepName, context: StepContext): Promise<Ste
   return { result, proofs };
 }
 
-async function createVolumes({ plan, facts, to }: StepContext): Promise<void> {
+async function createVolumes({ plan, facts, from, to }: StepContext): Promise<void> {
   for (const [index, volume] of plan.volumes.entries()) {
     if (facts.volumes[index].destination !== 'absent') continue;
-    const { name, volumeId, size, generation, sourceUri } = volume;
-    const rateBytesPerSecond = plan.bandwidthBytesPerSecond;
-    await to.createVolume({ name, volumeId, size, generation, sourceUri, rateBytesPerSecond });
+    const { name, volumeId, size, generation, sourceUri, since } = volume;
+    const fills = plan.switch !== 'now';
+    const tracking = fills || since !== null ? await from.track(name, plan.id, since) : null;
+    await to.createVolume({
+      name,
+      volumeId,
+      size,
+      generation,
+      sourceUri,
+      rateBytesPerSecond: plan.bandwidthBytesPerSecond,
+      ...(plan.compression === null ? {} : { compression: plan.compression }),
+      preCopy:
+        tracking === null ? null : { cookie: tracking.cookie, fills, since: tracking.home ? since : null },
+    });
   }
+}
+
+/** Nobody copies from the source any more. A volume that moved has no changes to tell of. */
+async function untrack({ plan, facts, from }: StepContext): Promise<void> {
+  for (const [index, volume] of plan.volumes.entries())
+    if (facts.volumes[index].source === 'plain') await from.untrack(volume.name, plan.id);
 }
 
 async function unseal({ plan, facts, from }: StepContext): Promise<void> {
@@ -153,7 +176,9 @@ async function unseal({ plan, facts, from }: StepContext): Promise<void> {
   }
 }
 
-async function waitPreSwitchover({ plan, from, timing, signal, progress }: StepContext): Promise<void> {
+async function waitPreSwitchover(context: StepContext): Promise<void> {
+  const { plan, from, timing, signal, progress } = context;
+  const rounds = plan.switch === 'now' ? null : new Rounds(context);
   const ends = ['pre-switchover', 'device', 'completed', 'failed', 'cancelled', 'none'];
   for (;;) {
     const info = await from.waitMigration(plan.vm, ends, timing.pollMs);
@@ -164,6 +189,7 @@ async function waitPreSwitchover({ plan, from, timing, signal, progress }: StepC
       throw new BlockferryError('hypervisor', `the migration of "${plan.vm}" is ${info.status}${why}`);
     }
     if (signal.aborted) throw new BlockferryError('migration', 'interrupted while the memory was on its way');
+    await rounds?.refreshIfDue();
   }
 }
 

@@ -5,6 +5,13 @@ import { z } from 'zod';
 import { BlockferryError } from '../errors.js';
 import type { HostControl, MachineView, ServedVolume, StatusView } from '../host/control/api.js';
 import { machineDefinitionSchema } from '../hypervisor/driver.js';
+import type { Compression } from '../nbd/codec/frames.js';
+
+/** now: the machine moves at once; hot: when what it reads is there; all: when everything is. */
+const switchSchema = z.enum(['now', 'hot', 'all']);
+export type Switch = z.infer<typeof switchSchema>;
+
+export const PRE_COPY_MS_MAX = 3_600_000;
 
 export const planSchema = z.strictObject({
   id: z.string().regex(/^[A-Za-z0-9._-]{1,100}$/),
@@ -12,7 +19,14 @@ export const planSchema = z.strictObject({
   /** Control addresses. */
   from: z.string(),
   to: z.string(),
-  switch: z.literal('now'),
+  switch: switchSchema,
+  /** How long blocks may be copied before the machine moves; it moves then, however much is left. */
+  preCopyMsMax: z.number().int().positive().default(PRE_COPY_MS_MAX),
+  /** Of the links; null: as the destination is set. */
+  compression: z
+    .union([z.literal('off'), z.literal('auto'), z.number()])
+    .nullable()
+    .default(null),
   bandwidthBytesPerSecond: z.number().int().positive().nullable(),
   deleteSourceImages: z.boolean(),
   createdAt: z.iso.datetime(),
@@ -27,6 +41,8 @@ export const planSchema = z.strictObject({
       /** What the destination takes over as. */
       nextGeneration: z.number().int(),
       sourceUri: z.string(),
+      /** The destination still has the image of this generation; null: it has none. */
+      since: z.number().int().nullable().default(null),
     }),
   ),
 });
@@ -34,7 +50,9 @@ export type MovePlan = z.infer<typeof planSchema>;
 
 export interface MoveRequest {
   vm: string;
-  switch: 'now';
+  switch: Switch;
+  preCopyMsMax?: number;
+  compression?: Compression | null;
   /** For RAM and for the background copy; null: no limit of ours. */
   bandwidthBytesPerSecond: number | null;
   deleteSourceImages: boolean;
@@ -54,6 +72,8 @@ export async function makePlan(from: HostControl, to: HostControl, request: Move
     from: from.address,
     to: to.address,
     switch: request.switch,
+    preCopyMsMax: request.preCopyMsMax ?? PRE_COPY_MS_MAX,
+    compression: request.compression ?? null,
     bandwidthBytesPerSecond: request.bandwidthBytesPerSecond,
     deleteSourceImages: request.deleteSourceImages,
     createdAt: createdAt.toISOString(),
@@ -65,6 +85,7 @@ export async function makePlan(from: HostControl, to: HostControl, request: Move
       generation: volume.generation,
       nextGeneration: volume.generation + 1,
       sourceUri: volume.linkUri,
+      since: volume.since,
     })),
   };
 }
@@ -81,7 +102,7 @@ function moveId(vm: string, at: Date): string {
 
 function checkHosts(source: StatusView, destination: StatusView): void {
   const [here, there] = [source.daemon, destination.daemon];
-  if (here.pid === there.pid && here.startedAt === there.startedAt) {
+  if (here.name === there.name && here.pid === there.pid && here.startedAt === there.startedAt) {
     refuse(`--from and --to are the same daemon ("${here.name}"): name the one the machine is to move to`);
   }
   const series = (version: string): string => version.split('.').slice(0, 2).join('.');
@@ -119,7 +140,7 @@ function checkVolume(
   source: StatusView,
   destination: StatusView,
   name: string,
-): ServedVolume & { linkUri: string } {
+): ServedVolume & { linkUri: string; since: number | null } {
   const volume = source.volumes.find((entry) => entry.name === name);
   if (!volume) return refuse(`"${source.daemon.name}" has no volume "${name}"`);
   if (volume.phase === 'unavailable') return refuse(`volume "${name}" is not served: ${volume.error}`);
@@ -140,14 +161,22 @@ function checkVolume(
   if (twin && !left) {
     refuse(`"${destination.daemon.name}" has a volume "${name}" already (${twin.phase})`);
   }
-  return { ...volume, linkUri };
+  // What is there is of use only if what changed here since is known.
+  const home = twin?.home ?? null;
+  const known = volume.tracking?.since ?? null;
+  const same = twin?.phase === 'unavailable' ? twin.retiredId === volume.id : twin?.id === volume.id;
+  return { ...volume, linkUri, since: same && home !== null && home === known ? home : null };
 }
 
 /** Images arrive sparse: what the source's images occupy must fit. */
-function checkSpace(destination: StatusView, volumes: ServedVolume[]): void {
+function checkSpace(
+  destination: StatusView,
+  volumes: readonly (ServedVolume & { since: number | null })[],
+): void {
   const images = destination.daemon.images;
   if (images === null) return;
-  const needed = volumes.reduce((sum, volume) => sum + volume.allocatedBytes, 0);
+  const coming = volumes.filter((volume) => volume.since === null);
+  const needed = coming.reduce((sum, volume) => sum + volume.allocatedBytes, 0);
   if (needed > images.freeBytes) {
     const short = `${needed} bytes are needed, ${images.freeBytes} are free`;
     throw new BlockferryError(

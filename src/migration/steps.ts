@@ -42,6 +42,8 @@ export interface Facts {
   destination: DestinationMachine;
   /** The guest was seen to run at the destination, now or earlier. */
   arrived: boolean;
+  /** What is to cross before the machine moves has crossed. */
+  copiedAhead: boolean;
   volumes: readonly VolumeFacts[];
 }
 
@@ -50,6 +52,7 @@ export type Direction = 'forward' | 'back';
 export const FORWARD_STEPS = [
   'claim',
   'create-volumes',
+  'pre-copy',
   'incoming',
   'migrate',
   'wait-pre-switchover',
@@ -119,6 +122,7 @@ function goForward(facts: Facts): Next {
       return step('create-volumes');
     }
     if (!hasProcess(destination)) {
+      if (source === 'running' && !facts.copiedAhead) return step('pre-copy');
       return source === 'running'
         ? step('incoming')
         : { kind: 'turn-back', why: 'the process at the destination is gone' };

@@ -61,6 +61,7 @@ interface Addon {
     output: Uint8Array,
     present: Uint8Array | null,
     heat?: Uint8Array | null,
+    dirty?: Uint8Array | null,
   ): number;
   sendBuffer(fd: number, bytes: number): number;
   lockFile(fd: number, exclusive: boolean): number;
@@ -74,6 +75,7 @@ interface Addon {
   nextOne(map: Uint8Array, from: number, to: number): number;
   setRange(map: Uint8Array, from: number, to: number): number;
   clearRange(map: Uint8Array, from: number, to: number): number;
+  orInto(map: Uint8Array, other: Uint8Array): void;
 }
 
 /** This file runs from dist/src/native; straight from src/native under a loader of TypeScript. */
@@ -295,3 +297,6 @@ function checked(syscall: string, result: number): number {
   if (result < 0) throw systemError(syscall, result);
   return result;
 }
+
+/** Sets in `map` every bit that is set in `other`, a bitmap of the same length. */
+export const orInto = addon.orInto;

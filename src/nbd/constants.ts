@@ -135,6 +135,9 @@ export const BASE_ALLOCATION = 'base:allocation';
 export const ALLOCATION_DEPTH = 'qemu:allocation-depth';
 /** Ours: how often regions are read and written (docs/protocol.md). */
 export const HEAT = 'blockferry:heat';
+/** Which blocks the guest changed since tracking began: as QEMU tells of its dirty bitmaps, and with the round, as docs/protocol.md has it. */
+export const DIRTY_BITMAP = 'qemu:dirty-bitmap:blockferry';
+export const DIRTY = 'blockferry:dirty';
 
 // Limits of ours
 /** Longest string the protocol allows, bytes. */

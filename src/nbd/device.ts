@@ -60,6 +60,8 @@ export interface DirectAccess {
   readonly present: Uint8Array | null;
   /** Where what is carried out is counted, as native/src/heat.h says. Null: nowhere. */
   readonly heat: Uint8Array | null;
+  /** A write sets the bit of each block it touches, as in `present`, before it changes them. Null or absent: nobody wants to know. */
+  readonly dirty?: Uint8Array | null;
 }
 
 /** A disk that sessions serve. All sessions may call it at any time; it must not throw. */

@@ -4,6 +4,8 @@
  *
  * - Bytes in flight are bounded by a window that follows the link's rate and delay. What the guest waits for comes off it.
  * - Ranges that the source says are zero cost no data: they are marked, or punched where the image holds something.
+ * - Before the takeover it may copy as well, though the source still changes: what it learned of the source's zeros holds until it is told what
+ *   changed (`#dropped`), regions that are overwritten all the time wait, and what came is made durable now and then, so that the takeover need not.
  * - What fails is passed over and tried again on the next round. The copy stops for a while when there is no room here, when
  *   the source is out of reach, when nothing but failures comes, and between two rounds if one had any. Failures are shown as long
  *   as they last, and end nothing.
@@ -17,6 +19,7 @@ import type { BlockStore } from '../volume/store.js';
 import type { Fetcher } from './fetcher.js';
 import type { Link } from './link.js';
 import { Hot, Neighbours, type Order } from './order.js';
+import { Overwritten } from './overwritten.js';
 import { RateLimit } from './rate-limit.js';
 import { SourceAllocation } from './source-allocation.js';
 import { type FindRun, STREAM_MS, Streams } from './streams.js';
@@ -29,6 +32,8 @@ const HEAT_BYTES = 64 * 2 ** 30;
 const WANTED_MAX = 1024;
 /** So many fetches failed one after the other: there is no point in trying the next at once. */
 const FAILURES_MAX = 4;
+/** So much is made durable at once, before the takeover. */
+const COMMIT_BYTES = 32 << 20;
 /** Blocks that the guest has in hand are looked at again after so long. */
 const LOCKED_MS = 10;
 /** The rate shown is an average over about so long. */
@@ -69,6 +74,11 @@ export interface BackgroundOptions {
 
 export class Background {
   #started = false;
+  /** Copying before the takeover. */
+  #ahead = false;
+  readonly #overwritten = new Overwritten();
+  /** Came since the last commit, while copying ahead. */
+  #uncommittedBytes = 0;
   #paused = false;
   /** What failed last. */
   #error: string | null = null;
@@ -100,8 +110,18 @@ export class Background {
   #rate = 0;
   #rateAtMs = 0;
   #rateBeganMs = 0;
-  readonly #find: FindRun = (first, end) =>
-    this.fetcher.nextRun(first, Math.min(end, this.store.blocks), this.#window.pieceBytes / BLOCK_BYTES);
+  readonly #find: FindRun = (first, end) => {
+    const stop = Math.min(end, this.store.blocks);
+    const most = this.#window.pieceBytes / BLOCK_BYTES;
+    if (!this.#ahead) return this.fetcher.nextRun(first, stop, most);
+    for (let from = this.#overwritten.past(first); from < stop; ) {
+      const run = this.fetcher.nextRun(from, stop, most);
+      if (run === undefined) return undefined;
+      from = this.#overwritten.past(run.first);
+      if (from === run.first) return { first: from, end: this.#overwritten.until(from, run.end) };
+    }
+    return undefined;
+  };
 
   constructor(
     private readonly store: BlockStore,
@@ -113,6 +133,7 @@ export class Background {
     this.#orders = options.order === 'hot' ? [this.#neighbours, this.#hot] : [];
     this.#limit = new RateLimit(options.rateBytesPerSecond, PIECE_BYTES_MAX, () => this.#pump());
     this.#streams = new Streams(store.blocks);
+    store.onDrop = (runs) => this.#dropped(runs);
     this.#allocation = new SourceAllocation(link, store.image.size, options.log, (unreachable) => {
       if (unreachable) this.#failed(Errno.EIO);
       this.#pump();
@@ -147,8 +168,21 @@ export class Background {
     return begun > 0 ? decayed / begun : 0;
   }
 
-  /** The source stands still from now on: copy. */
-  start(): void {
+  /** Of a standby: nothing more is to be copied before the takeover, as far as the source has told. */
+  get caughtUp(): boolean {
+    if (!this.#started || this.#zeroing || this.#inFlightBytes > 0) return false;
+    return this.#find(0, this.store.blocks) === undefined;
+  }
+
+  /** All is here of what the machine reads at the source, as far as that is known. */
+  get hotDone(): boolean {
+    return this.#started && !this.#heatDue && this.#hot.readsDone;
+  }
+
+  /** Copy. `ahead`: before the takeover, while the source may change; otherwise it stands still from now on. */
+  start(ahead = false): void {
+    if (this.#ahead && !ahead) this.#overwritten.clear();
+    this.#ahead = ahead;
     if (!this.#started) {
       this.#rateBeganMs = performance.now();
       if (this.options.order === 'hot' && this.options.enabled) void this.#learnHeat();
@@ -158,12 +192,23 @@ export class Background {
     this.#pump();
   }
 
+  /** The source changed these blocks (BlockStore.drop): what it said of its zeros before may be untrue, and what was copied is to be copied again. */
+  #dropped(runs: readonly number[] | null): void {
+    this.#allocation.forget();
+    this.#cursor = 0;
+    this.#hot.again();
+    if (runs !== null) this.#overwritten.note(runs);
+    this.#pump();
+  }
+
   /**
    * No more until `start`. What was learned of the source is forgotten, as it may change meanwhile, and who waits for a range is
    * let go.
    */
   stop(): void {
     this.#started = false;
+    this.#ahead = false;
+    this.#overwritten.clear();
     this.#allocation.forget();
     this.#heatEra++;
     this.#heatDue = false;
@@ -413,12 +458,21 @@ export class Background {
       if (!this.#failedThisRound) this.#error = null;
       this.#window.answered(bytes, now - began, mark, full, now);
       this.#count(bytes, now);
+      if (this.#ahead) this.#commitNowAndThen(bytes);
     } else if (errno === Errno.ESHUTDOWN) {
       return; // the link is closed
     } else {
       this.#failed(errno);
     }
     this.#pump();
+  }
+
+  /** A takeover commits what was copied ahead, while the machine stands still: there should be little left. */
+  #commitNowAndThen(bytes: number): void {
+    this.#uncommittedBytes += bytes;
+    if (this.#uncommittedBytes < COMMIT_BYTES) return;
+    this.#uncommittedBytes = 0;
+    void this.store.commit();
   }
 
   /** Something could not be copied; `why` in place of the source's fault, if it is not that. */

@@ -5,7 +5,8 @@
  * - A block is in flight at most once. Who wants a block that is in flight waits for that fetch.
  * - A fetch belongs to the epoch it began in; if the blocks were dropped meanwhile its data is too, and who waits asks again.
  * - Nothing is filled from a fetch that failed or came short. A block fails only if the source fails to read that very block.
- * - Reads that pass through (before a takeover, or with no room to keep blocks) share nothing and keep nothing.
+ * - Reads that pass through (before a takeover, or with no room to keep blocks) share nothing and keep nothing. Before a takeover all of them come
+ *   from the source: what is here may be stale.
  */
 import { BlockferryError, type ErrorCode, errnoOf } from '../errors.js';
 import { Errno } from '../nbd/constants.js';
@@ -123,9 +124,8 @@ export class Fetcher implements Supplier {
 
   readThrough(request: IoRequest): void {
     void this.#passThrough(request).then((errno) => {
-      const { presence } = this.#store;
       const past = blocksOf(request.offset + request.length);
-      const local = presence === null || presence.hasAll(blockAt(request.offset), past);
+      const local = this.#localUntil(blockAt(request.offset), past) === past;
       // The link may have closed under it because all blocks came otherwise: they are here.
       if (errno !== Errno.OK && local) this.#store.read(request);
       else request.complete(errno);
@@ -137,13 +137,13 @@ export class Fetcher implements Supplier {
     const { offset, length, buffer, at } = request;
     const past = offset + length;
     const end = blocksOf(past);
-    const { presence } = this.#store;
+    const { presence, keeps } = this.#store;
     const parts: Promise<number>[] = [];
     for (let from = offset; from < past; ) {
       const block = blockAt(from);
-      const local = presence === null || presence.has(block);
-      const next =
-        presence === null ? end : local ? presence.nextMissing(block, end) : presence.nextPresent(block, end);
+      const localEnd = this.#localUntil(block, end);
+      const local = localEnd > block;
+      const next = local ? localEnd : keeps && presence !== null ? presence.nextPresent(block, end) : end;
       const to = Math.min(next * BLOCK_BYTES, past);
       const place = at + from - offset;
       parts.push(
@@ -160,6 +160,13 @@ export class Fetcher implements Supplier {
       if (result.value !== Errno.OK) return result.value;
     }
     return Errno.OK;
+  }
+
+  /** The end of the blocks from `block` on that are here and current, at most `end`. */
+  #localUntil(block: number, end: number): number {
+    const { presence, keeps } = this.#store;
+    if (presence === null) return end;
+    return keeps ? presence.nextMissing(block, end) : block;
   }
 
   async #through(offset: number, length: number, buffer: Buffer, at: number, asker: Asker): Promise<number> {

@@ -18,7 +18,7 @@ import { BASE_ALLOCATION, Errno, HEAT, TransmissionFlag } from '../nbd/constants
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { parseNbdUri } from '../nbd/uri.js';
 import { type Asker, Budget } from './budget.js';
-import { allocationFrom, heatFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
+import { allocationFrom, extentsFrom, heatFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
 import { CONNECT_TIMEOUT_MS, volumeDescribed, whyNotTheSame } from './source-identity.js';
 import { LinkWindow } from './window.js';
 
@@ -67,6 +67,8 @@ export interface LinkOptions {
   tls?: ClientTlsSettings | undefined;
   /** Default: 'auto', which asks a blockferry that is not on this host. A level is asked for whoever the source is. */
   compression?: Compression | undefined;
+  /** The context in which the source tells what it changed; null: it is not asked. */
+  dirtyContext?: string | null;
   log: Logger;
   timing?: Partial<LinkTiming>;
 }
@@ -192,6 +194,13 @@ export class Link {
     return this.#ask((client) => heatFrom(client, offset, length));
   }
 
+  /** Likewise, what the source changed, in the context that it is known to tell that in. */
+  dirty(offset: number, length: number): Promise<Extent[] | null> {
+    const { dirtyContext = null } = this.options;
+    if (dirtyContext === null) return Promise.resolve(null);
+    return this.#ask((client) => extentsFrom(client, dirtyContext, offset, length));
+  }
+
   async #ask(question: (client: NbdClient) => Promise<Extent[] | null>): Promise<Extent[] | null> {
     for (let losses = 1, lostAtMs: number | null = null; ; losses++) {
       const client = this.#pick('bulk') ?? (await this.#connected('bulk'));
@@ -278,10 +287,10 @@ export class Link {
   }
 
   async #connect(): Promise<NbdClient> {
-    const { uri, known, tls = {} } = this.options;
+    const { uri, known, tls = {}, dirtyContext = null } = this.options;
     const { connectTimeoutMs, requestTimeoutMs } = this.#timing;
     const client = await NbdClient.connect(uri, {
-      contexts: [BASE_ALLOCATION, HEAT],
+      contexts: dirtyContext === null ? [BASE_ALLOCATION, HEAT] : [BASE_ALLOCATION, HEAT, dirtyContext],
       connectTimeoutMs,
       handshakeTimeoutMs: connectTimeoutMs,
       requestTimeoutMs,

@@ -56,6 +56,9 @@ const NEIGHBOURS_MAX = 256;
 /** Regions whose heat is remembered, at most: the hottest. */
 export const HOT_REGIONS_MAX = 1 << 18;
 
+/** What one read weighs, in writes. */
+const SCORE_READ = 0x10000;
+
 /** The neighbours of what the guest had to wait for: the latest first. */
 export class Neighbours extends Regions {
   /** Regions, the latest last; a region may be there twice, and is found empty the second time. */
@@ -99,7 +102,7 @@ export class Hot extends Regions {
     let at = offset;
     for (const { length, flags } of extents) {
       if (flags !== 0) {
-        const score = (flags & 0xffff) * 0x10000 + (flags >>> 16);
+        const score = (flags & 0xffff) * SCORE_READ + (flags >>> 16);
         const last = Math.floor((at + length - 1) / REGION_BYTES);
         for (let region = Math.floor(at / REGION_BYTES); region <= last; region++) this.#add(region, score);
       }
@@ -133,6 +136,18 @@ export class Hot extends Regions {
 
   protected drop(): void {
     this.#next++;
+  }
+
+  /** Begins with the first region again: some of what came was dropped. */
+  again(): void {
+    super.clear();
+    if (this.#next > 0) this.#next = 0;
+  }
+
+  /** Nothing is left that the machine read at the source. */
+  get readsDone(): boolean {
+    const region = this.current();
+    return region === undefined || this.#scores[this.#next]! < SCORE_READ;
   }
 
   override clear(): void {

@@ -87,7 +87,8 @@ export async function heatFrom(client: NbdClient, offset: number, length: number
   return extentsFrom(client, HEAT, offset, length);
 }
 
-async function extentsFrom(
+/** Extents of any context from `offset` on; they may end early, as `heatFrom`'s. Null: the source does not tell. */
+export async function extentsFrom(
   client: NbdClient,
   context: string,
   offset: number,

@@ -1,7 +1,7 @@
 /**
  * The relocation of one volume: follows its phase, from standby to the hand-off, and lets go of the source then.
  *
- * standby: reads pass through, nothing is kept. relocating: demand and background fill the volume. All blocks here, and the
+ * standby: reads pass through. Nothing is kept, or blocks are copied ahead of the takeover, which drops what the source changed since. relocating: demand and background fill the volume. All blocks here, and the
  * machine known to run here: hand-off, the link closes, clients stay connected.
  */
 import type { Logger } from 'pino';
@@ -9,10 +9,11 @@ import { BlockferryError, messageOf } from '../errors.js';
 import type { Compression } from '../nbd/codec/frames.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { blockAt, blocksOf } from '../volume/blocks.js';
-import type { Volume } from '../volume/volume.js';
+import type { SourceChanges, Volume } from '../volume/volume.js';
 import { Background, type BackgroundOrder } from './background.js';
 import { Fetcher } from './fetcher.js';
 import { LINK_TIMING, Link, type LinkTiming } from './link.js';
+import { changesOf } from './pre-copy.js';
 
 export interface RelocationTiming extends LinkTiming {
   /** How long the background copy stops after failures, and a hand-off that failed waits for its next attempt. */
@@ -63,6 +64,7 @@ export class Relocation {
       sourceTimeoutMs: options.sourceTimeoutMs,
       tls: options.tls,
       compression: options.compression,
+      dirtyContext: volume.preCopy?.context ?? null,
       log: options.log,
       timing: this.#timing,
     });
@@ -84,6 +86,7 @@ export class Relocation {
     });
     this.#handedOff.catch(() => undefined);
     volume.store.supplier = this.fetcher;
+    volume.askChanges = () => this.#changes(true);
     volume.onChange = () => this.#follow();
     this.#follow();
   }
@@ -95,7 +98,11 @@ export class Relocation {
 
   #follow(): void {
     if (this.#over) return;
-    const { store, phase, settled } = this.volume;
+    const { store, phase, settled, preCopy } = this.volume;
+    if (phase === 'standby' && preCopy?.fills === true) {
+      this.background.start(true);
+      return;
+    }
     if (phase !== 'relocating') {
       this.background.stop();
       return;
@@ -132,6 +139,25 @@ export class Relocation {
       clearTimeout(this.#handOffTimer);
       this.#handOffTimer = setTimeout(() => this.#follow(), this.#timing.retryAfterErrorMs).unref();
     }
+  }
+
+  #changes(sealed: boolean): Promise<SourceChanges> {
+    const { preCopy, size } = this.volume;
+    if (preCopy === null) return Promise.resolve({ runs: null, cookie: null });
+    return changesOf(this.link, { size, context: preCopy.context, sealed });
+  }
+
+  /** The source began a round that ends round `from`: what it changed is dropped here, and fetched again. Repeated it changes nothing. */
+  async refresh(from: number, to: number): Promise<void> {
+    if (this.volume.preCopy?.cookie === to) return;
+    const changes = await this.#changes(false);
+    if (changes.cookie !== to) {
+      throw new BlockferryError(
+        'generation',
+        `the source of ${this.volume.name} tells of round ${changes.cookie}, not ${to}`,
+      );
+    }
+    await this.volume.refresh(from, changes);
   }
 
   /** Resolves when every block is local and the link is closed; rejects when the relocation is closed before. */

@@ -13,14 +13,22 @@ const AT_SOURCE = 2;
 const STATUS_MS_MAX = 5;
 const LOOK_AFTER = 256;
 
-/** Adds the extents of the request's range, from its start on and at most as many as it wants. */
-export function reportExtents(request: StatusRequest, image: Image, presence: Presence | null): void {
+/**
+ * Adds the extents of the request's range, from its start on and at most as many as it wants. `current`: what is here is; otherwise all counts as
+ * being at the source.
+ */
+export function reportExtents(
+  request: StatusRequest,
+  image: Image,
+  presence: Presence | null,
+  current = true,
+): void {
   const past = request.offset + request.length;
   const allocation = request.context === BASE_ALLOCATION;
   const untilMs = performance.now() + STATUS_MS_MAX;
   let extents = 0;
   for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
-    const local = localStretch(presence, at, past);
+    const local = localStretch(presence, at, past, current);
     let { end } = local;
     if (!allocation) request.extent(end - at, local.present ? LOCAL : AT_SOURCE);
     else if (!local.present)
@@ -39,8 +47,10 @@ function localStretch(
   presence: Presence | null,
   at: number,
   past: number,
+  current: boolean,
 ): { present: boolean; end: number } {
   if (presence === null) return { present: true, end: past };
+  if (!current) return { present: false, end: past };
   const block = blockAt(at);
   const end = blocksOf(past);
   const present = presence.has(block);

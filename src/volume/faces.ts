@@ -1,13 +1,15 @@
 /** The two devices a volume is served as. What a phase allows is asked at each request: sessions outlive phases. */
-import { ALLOCATION_DEPTH, BASE_ALLOCATION, Errno, HEAT } from '../nbd/constants.js';
+import { ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY, DIRTY_BITMAP, Errno, HEAT } from '../nbd/constants.js';
 import type { BlockDevice, DirectAccess, IoRequest, StatusRequest } from '../nbd/device.js';
 import type { TransactionLog } from '../nbd/log/transaction-log.js';
 import { BLOCK_BYTES } from './blocks.js';
-import { type Heat, reportHeat } from './heat.js';
+import { DIRTY_COOKIE_UNIT, DirtyFlag, reportDirty } from './dirty-status.js';
+import type { Heat } from './heat.js';
+import { reportHeat } from './heat.js';
 import type { BlockStore } from './store.js';
 import type { Volume } from './volume.js';
 
-const CONTEXTS = [BASE_ALLOCATION, ALLOCATION_DEPTH, HEAT] as const;
+const CONTEXTS = [BASE_ALLOCATION, ALLOCATION_DEPTH, HEAT, DIRTY_BITMAP, DIRTY] as const;
 
 /** The machine's disk: reads and writes as the phase allows. What it reads and writes here is the volume's heat. */
 export class GuestDevice implements BlockDevice {
@@ -165,10 +167,19 @@ export class LinkDevice implements BlockDevice {
 }
 
 function statusOf(volume: Volume, request: StatusRequest): void {
-  if (request.context !== HEAT) {
+  const { context } = request;
+  if (context === HEAT) reportHeat(request, volume.heat);
+  else if (context === DIRTY_BITMAP) reportDirty(request, volume.store.dirty, 0);
+  else if (context === DIRTY) reportDirty(request, volume.store.dirty, roundOf(volume));
+  else {
     volume.store.status(request);
     return;
   }
-  reportHeat(request, volume.heat);
   request.complete(Errno.OK);
+}
+
+/** What every extent of `blockferry:dirty` says besides whether it is dirty. */
+function roundOf(volume: Volume): number {
+  const sealed = volume.phase === 'sealed' ? DirtyFlag.SEALED : 0;
+  return sealed + (volume.store.dirty?.cookie ?? 0) * DIRTY_COOKIE_UNIT;
 }

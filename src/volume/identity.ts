@@ -8,6 +8,8 @@
  * - `written` is durable before the first guest write after a takeover is answered, or says that the machine is known to run
  *   here: a retreat is possible only while it is false, and a hand-off only once it is true.
  * - What is stored can be read back: a change that does not fit the schema is refused.
+ * - `preCopy.cookie` names a round only after its list was applied to the presence bits, and no takeover stores a phase before it was.
+ * - `imageStamp` is dropped, durably, before anything else is written to a retired volume's image.
  * - `openBootId` is the boot under which the maps were opened and not yet closed: in that boot only presence.live is the truth.
  */
 import { readFile } from 'node:fs/promises';
@@ -38,6 +40,20 @@ const schema = z.strictObject({
     .nullable(),
   /** A standby that takes over by itself at the guest's first write, because no coordinator does. */
   takesOverAtWrite: z.boolean(),
+  /** A standby that copies ahead of its takeover, or has an old image of the same volume. Absent: nothing is here before the takeover. */
+  preCopy: z
+    .strictObject({
+      /** What the source is asked for its changes. */
+      context: z.string(),
+      /** The round whose changes were taken to heart (dirty.ts); null: the source has no rounds, and tells all changes since the beginning. */
+      cookie: z.int().positive().nullable(),
+      /** Blocks are copied before the takeover. */
+      fills: z.boolean(),
+    })
+    .nullable()
+    .default(null),
+  /** Of the image of a retired volume, when it was retired: while that is so, it is that generation's. Null: it is not known to be. */
+  imageStamp: z.string().nullable().default(null),
   /** The image was made by us, so that cancelling a standby may delete it. */
   imageCreated: z.boolean(),
   openBootId: z.string().nullable(),

@@ -1,5 +1,6 @@
 /** The raw image of a volume: a file or a block device, locked while it is open, so that two programs never write one disk. */
 import {
+  type BigIntStats,
   closeSync,
   constants,
   existsSync,
@@ -11,6 +12,7 @@ import {
   renameSync,
   rmSync,
   statfsSync,
+  statSync,
 } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { BlockferryError, messageOf } from '../errors.js';
@@ -248,9 +250,24 @@ export class Image {
     return native.fdatasync(this.fd);
   }
 
+  /** What changes when somebody changes the file's content or puts another in its place: see inode(7). Null for a block device, which does not tell. */
+  get stamp(): string | null {
+    return this.blockDevice ? null : stampOf(fstatSync(this.fd, { bigint: true }));
+  }
+
   close(): void {
     closeSync(this.fd);
   }
+}
+
+/** See Image.stamp; null for what is no file. */
+export function stampOfFile(path: string): string | null {
+  const stat = statSync(path, { bigint: true, throwIfNoEntry: false });
+  return stat?.isFile() ? stampOf(stat) : null;
+}
+
+function stampOf({ ino, size, mtimeNs, ctimeNs }: BigIntStats): string {
+  return [ino, size, mtimeNs, ctimeNs].join(':');
 }
 
 /** Whether a block device zeroes by itself; if not, the kernel would write zeros in its place (include/linux/blkdev.h, Documentation/ABI). */

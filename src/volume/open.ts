@@ -5,12 +5,14 @@ import { basename, join, resolve } from 'node:path';
 import { isDeepStrictEqual } from 'node:util';
 import { BlockferryError } from '../errors.js';
 import { blocksOf, VOLUME_BYTES_MAX } from './blocks.js';
+import { bootId } from './boot.js';
+import { DirtyMap } from './dirty.js';
 import { makeFolder, removeFile, syncFolder } from './files.js';
 import { HeatFile } from './heat-file.js';
 import { IDENTITY_FILE, type Identity, IdentityFile, readIdentity } from './identity.js';
 import { Image } from './image.js';
 import { hasMaps } from './phase.js';
-import { bootId, Presence } from './presence.js';
+import { Presence } from './presence.js';
 import { Volume } from './volume.js';
 
 const NAME = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$/;
@@ -75,6 +77,8 @@ function freshIdentity(name: string, image: Image, id: string): Identity {
     written: true,
     source: null,
     takesOverAtWrite: false,
+    preCopy: null,
+    imageStamp: null,
     imageCreated: false,
     openBootId: null,
     created: new Date().toISOString(),
@@ -145,11 +149,15 @@ export interface ProxiedOptions {
   standby: boolean;
   /** A coordinator drives the move: it brings the volume's identity, and only it takes over. */
   arrival: { volumeId: string; generation: number } | null;
+  /** See Identity. */
+  preCopy?: Identity['preCopy'];
+  /** The image is this volume's of an earlier stay, and all that the source did not change since is in it. */
+  home?: boolean;
 }
 
 /** A new volume whose blocks are all at its source. The image is created sparse; a block device is used as it is. */
 export async function createProxied(options: ProxiedOptions): Promise<Volume> {
-  const { stateDir, name, arrival } = options;
+  const { stateDir, name, arrival, preCopy = null, home = false } = options;
   checkName(name);
   checkSize(options.size);
   await refuseForeignImage(stateDir, name, options.image);
@@ -160,7 +168,9 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
       `there is a volume ${name} in ${stateDir} already: choose another name`,
     );
   }
-  const { image, created } = await imageFor(options.image, options.size);
+  const { image, created } = home
+    ? { image: imageOfSize(options.image, options.size), created: false }
+    : await imageFor(options.image, options.size);
   if (image.blockDevice) {
     // A file that holds data was refused already; what a device holds cannot be told.
     try {
@@ -179,11 +189,13 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
       written: !options.standby,
       source: options.source,
       takesOverAtWrite: options.standby && arrival === null,
+      preCopy,
       imageCreated: created,
       openBootId: bootId(),
     };
     await makeFolder(folder);
     presence = await Presence.create(folder, identity, blocksOf(image.size));
+    if (home) presence.set(0, presence.blocks);
     const file = new IdentityFile(folder, identity, { stored: false });
     await file.update({});
     return new Volume(file, image, presence);
@@ -193,6 +205,13 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
     if (created) rmSync(options.image, { force: true });
     throw error;
   }
+}
+
+function imageOfSize(path: string, size: number): Image {
+  const image = Image.open(path);
+  if (image.size === size) return image;
+  image.close();
+  throw new BlockferryError('source-mismatch', `${path} has ${image.size} bytes, the source has ${size}`);
 }
 
 async function imageFor(path: string, size: number): Promise<{ image: Image; created: boolean }> {
@@ -293,6 +312,7 @@ async function reopenKnown(
   }
   const image = Image.open(known.image, { readOnly: readOnly && !hasMaps(known.phase) });
   let presence: Presence | null = null;
+  let dirty: DirtyMap | null = null;
   try {
     await refuseStale(folder, known);
     // A process that was killed may have left a change there that is not durable yet, and all that follows relies on it.
@@ -305,7 +325,16 @@ async function reopenKnown(
     }
     if (hasMaps(known.phase)) presence = await Presence.recover(folder, known, blocksOf(image.size));
     else Presence.removeFiles(folder); // a hand-off that died before its last act
-    const volume = new Volume(new IdentityFile(folder, known, { stored: true }), image, presence);
+    const file = new IdentityFile(folder, known, { stored: true });
+    if (known.phase === 'standby' && presence !== null && !presence.survived) {
+      // What it kept may be stale, and the source tells only what changed since: that is known in the live map alone.
+      await file.update({ mapEpoch: known.mapEpoch + 1 });
+      presence.drop(file.current.mapEpoch);
+    }
+    if (known.phase === 'standby')
+      DirtyMap.remove(folder); // of a takeover that died before it was one
+    else dirty = DirtyMap.open(folder, { id: known.id, blocks: blocksOf(image.size) }, image.stamp);
+    const volume = new Volume(file, image, presence, dirty);
     await volume.heatFile.load();
     try {
       await volume.markOpen();
@@ -315,6 +344,7 @@ async function reopenKnown(
     }
     return volume;
   } catch (error) {
+    dirty?.unmap();
     presence?.close();
     image.close();
     throw error;

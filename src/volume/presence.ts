@@ -2,16 +2,18 @@
  * The presence of a volume's blocks: one bit a block, "its current content is here", kept in two files (design, section 4).
  *
  * Invariants
- * - A bit is set only after the block's data was written to the image (`set` is called behind the write), and never cleared
- *   but by `drop`, which drops all of them under a new epoch.
+ * - A bit is set only after the block's data was written to the image (`set` is called behind the write). It is cleared by `drop`, which drops
+ *   all of them under a new epoch, and before the takeover by `clear`: the source changed the block. A cleared bit is in presence.map again until
+ *   the next commit, so a takeover commits first, and what a standby kept is not opened from presence.map (open.ts).
  * - While the machine lives, presence.live is the truth; after the machine died, presence.map is, which is behind the data.
  * - presence.live gone or damaged although a process of this very boot had it open and did not close it: which writes since the
  *   last flush are here is then unknown. The volume is refused; it is never opened on a guess.
  */
-import { existsSync, readFileSync, renameSync, rmSync } from 'node:fs';
+import { existsSync, renameSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { BlockferryError } from '../errors.js';
 import * as native from '../native/index.js';
+import { bootId } from './boot.js';
 import { copyPages, DurableMap, PAGE_BITS } from './durable-map.js';
 import { syncFolder } from './files.js';
 import { LiveMap, type LiveTag } from './live-map.js';
@@ -27,16 +29,13 @@ export interface PresenceIdentity {
   openBootId: string | null;
 }
 
-/** Names this boot of the machine. */
-export function bootId(): string {
-  return readFileSync('/proc/sys/kernel/random/boot_id', 'latin1').trim();
-}
-
 export class Presence {
   readonly #bits: Uint8Array;
   readonly #changed: Uint8Array;
   #anyChanged = false;
   #present: number;
+  /** The live map was there, as it was when the last process of this boot let go of it. */
+  survived = false;
 
   private constructor(
     private readonly folder: string,
@@ -116,6 +115,7 @@ export class Presence {
       bits.fill(0);
     }
     const presence = new Presence(folder, blocks, live, durable, tag);
+    presence.survived = true;
     const pageBytes = PAGE_BITS / 8;
     for (let page = 0; page < presence.#changed.length; page++) {
       const from = page * pageBytes;
@@ -176,6 +176,15 @@ export class Presence {
       if (added === 0) return;
     }
     this.#present += added;
+    const last = Math.floor((end - 1) / PAGE_BITS);
+    for (let page = Math.floor(first / PAGE_BITS); page <= last; page++) this.#change(page);
+  }
+
+  /** What is in the image of [first, end) counts for nothing any more. */
+  clear(first: number, end: number): void {
+    const removed = native.clearRange(this.#bits, first, end);
+    if (removed === 0) return;
+    this.#present -= removed;
     const last = Math.floor((end - 1) / PAGE_BITS);
     for (let page = Math.floor(first / PAGE_BITS); page <= last; page++) this.#change(page);
   }

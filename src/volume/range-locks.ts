@@ -16,6 +16,11 @@ export interface RangeLock {
 export class RangeLocks {
   readonly #held = new Set<RangeLock>();
 
+  /** In no order. */
+  get held(): Iterable<RangeLock> {
+    return this.#held;
+  }
+
   get size(): number {
     return this.#held.size;
   }

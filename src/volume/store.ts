@@ -5,20 +5,24 @@
  * - Checking presence, touching the image and setting presence are one synchronous step, for reads, writes and fills alike.
  *   What a thread does meanwhile (zero, punch) holds a range lock that writes wait for and fills skip.
  * - A fill writes only blocks that are still missing and not locked when its data is here: a guest's write always wins.
- * - A fill of an older epoch is dropped: its data was fetched before the blocks were dropped, and may be stale.
+ * - A fill of an older epoch is dropped: its data was fetched before blocks were dropped, and may be stale.
+ * - Before the takeover the guest works elsewhere, and what was filled may be stale: no read is answered from it, and it counts only once the
+ *   blocks that the source has changed since were dropped (`drop`).
+ * - What the guest changes is marked in `dirty` before it is changed; where a thread does it, under its lock, and when it is over once more.
  * - A write that a thread has under way holds a range lock as well, over blocks that are here or that it covers whole.
  * - A write that covers whole blocks needs no source. One that covers a missing block in part waits for that block first.
  * - A block that is set present was written whole, or was whole before.
  * - Requests that wait for the same block or lock go on in their order of arrival: a client that lost its connection and sent a
  *   write again, then another, never finds the first one on top.
  */
-import { type BlockferryError, errnoOf } from '../errors.js';
+import { BlockferryError, errnoOf } from '../errors.js';
 import * as native from '../native/index.js';
 import { CommandFlag, Errno } from '../nbd/constants.js';
 import { type DirectAccess, type IoRequest, LATER, type StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf, bytesOfBlocks } from './blocks.js';
 import type { ColdReader } from './cold-reads.js';
 import { Committer } from './committer.js';
+import type { DirtyMap, Tracking } from './dirty.js';
 import { reportExtents } from './extents.js';
 import { HoleFinder } from './hole-finder.js';
 import { errnoOfSystem, type Image, WOULD_WAIT } from './image.js';
@@ -76,8 +80,14 @@ export class BlockStore {
   watch: ((first: number, end: number) => void) | null = null;
   /** Fetched blocks are kept; otherwise reads of missing blocks pass through. */
   keeps = false;
-  /** Raised when the bits are dropped. */
+  /** Fetched blocks are taken in though reads pass through. */
+  prefills = false;
+  /** Where the guest's changes are marked; null: nobody wants to know. */
+  dirty: DirtyMap | null = null;
+  /** Raised whenever bits are dropped. */
   epoch: number;
+  /** Told in the very step in which blocks were dropped, as `drop` has them: what was learned of the source before may be untrue now. */
+  onDrop: ((runs: readonly number[] | null) => void) | null = null;
   /** Called once the last missing block arrived. */
   onComplete: (() => void) | null = null;
 
@@ -101,7 +111,15 @@ export class BlockStore {
     this.blocks = blocksOf(image.size);
     this.#committer = new Committer(image, () => this.presence);
     this.#holes = new HoleFinder(image);
-    this.#direct = { fd: image.fd, reads: false, writes: false, nowait: false, present: null, heat: null };
+    this.#direct = {
+      fd: image.fd,
+      reads: false,
+      writes: false,
+      nowait: false,
+      present: null,
+      heat: null,
+      dirty: null,
+    };
     this.epoch = epoch;
   }
 
@@ -123,11 +141,12 @@ export class BlockStore {
     const { presence } = this;
     const { inline } = this.image;
     const direct = this.#direct;
-    direct.reads = inline !== 'never' && this.watch === null;
+    direct.reads = inline !== 'never' && this.watch === null && (presence === null || this.keeps);
     direct.nowait = inline === 'nowait';
     direct.writes = this.#gate.kind === 'open' && this.#locks.size === 0 && !this.#pace.slow;
     direct.present = presence === null || presence.complete ? null : presence.bits;
     direct.heat = heat;
+    direct.dirty = this.dirty === null ? null : this.dirty.bits;
     return direct;
   }
 
@@ -135,7 +154,7 @@ export class BlockStore {
     const { presence } = this;
     if (presence !== null) {
       const [first, end] = [blockAt(offset), blocksOf(offset + length)];
-      if (!presence.hasAll(first, end)) return LATER;
+      if (!this.#hasAll(presence, first, end)) return LATER;
       if (this.watch !== null) this.watch(first, end);
     }
     const done = this.image.readNow(buffer, at, length, offset);
@@ -147,8 +166,13 @@ export class BlockStore {
   zeroesNow(offset: number, length: number): number {
     if (this.#locks.size > 0) return 0;
     const { presence } = this;
-    if (presence !== null && !presence.hasAll(blockAt(offset), blocksOf(offset + length))) return 0;
+    if (presence !== null && !this.#hasAll(presence, blockAt(offset), blocksOf(offset + length))) return 0;
     return this.#holes.holeFrom(offset, offset + length);
+  }
+
+  /** Whether all blocks of [first, end) are here, and current. */
+  #hasAll(presence: Presence, first: number, end: number): boolean {
+    return this.keeps && presence.hasAll(first, end);
   }
 
   read(request: IoRequest): void {
@@ -162,7 +186,8 @@ export class BlockStore {
     const { offset, length } = request;
     const first = blockAt(offset);
     const end = blocksOf(offset + length);
-    const missing = this.presence === null ? end : this.presence.nextMissing(first, end);
+    const { presence } = this;
+    const missing = presence === null ? end : this.keeps ? presence.nextMissing(first, end) : first;
     if (missing === end) {
       this.#reading++;
       this.image.readLater(this.#coldReader, request, request.buffer, request.at, length, offset);
@@ -195,6 +220,7 @@ export class BlockStore {
     if (this.#locks.size > 0 && this.#locks.overlaps(first, end)) return LATER;
     if (this.presence !== null && this.#missingEdge(offset, length) !== NO_BLOCK) return LATER;
     const since = performance.now();
+    if (this.dirty !== null) this.dirty.mark(first, end);
     const done = this.image.write(buffer, at, length, offset);
     this.#pace.tookHere(length, performance.now() - since);
     if (done !== 0) return errnoOfSystem(done);
@@ -215,13 +241,13 @@ export class BlockStore {
 
   async #writeOnThread(request: IoRequest): Promise<void> {
     const { offset, length, buffer, at } = request;
-    const lock = this.#locks.lock(blockAt(offset), blocksOf(offset + length));
+    const lock = this.#lockForChange(blockAt(offset), blocksOf(offset + length));
     this.#pace.begun(length);
     const since = performance.now();
     const done = await this.image.writeLater(buffer, at, length, offset);
     this.#pace.tookThere(length, performance.now() - since);
     if (done === 0) request.changed(offset, length);
-    this.#unlock(lock, done === 0);
+    this.#changed(lock, done === 0);
     this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
   }
 
@@ -247,7 +273,7 @@ export class BlockStore {
     const { offset, length, flags } = request;
     const first = blockAt(offset);
     const end = blocksOf(offset + length);
-    const lock = this.#locks.lock(first, end);
+    const lock = this.#lockForChange(first, end);
     const keepHole = (flags & CommandFlag.NO_HOLE) === 0;
     let fast = (flags & CommandFlag.FAST_ZERO) !== 0;
     let slow = false;
@@ -258,7 +284,7 @@ export class BlockStore {
       slow = result === false;
       return result === false ? -native.ERRNO.EOPNOTSUPP : result;
     });
-    this.#unlock(lock, done === 0);
+    this.#changed(lock, done === 0);
     if (slow) request.complete(Errno.ENOTSUP);
     else this.#answerChange(request, done === 0 ? Errno.OK : errnoOfSystem(done));
   }
@@ -309,7 +335,7 @@ export class BlockStore {
   }
 
   async #trimOnThread(request: IoRequest, first: number, end: number): Promise<void> {
-    const lock = this.#locks.lock(first, end);
+    const lock = this.#lockForChange(first, end);
     const offset = first * BLOCK_BYTES;
     const bytes = bytesOfBlocks(first, end, this.image.size);
     const done = await this.#inPieces(request, offset, bytes, async (at, piece) => {
@@ -318,7 +344,7 @@ export class BlockStore {
     });
     const unable = done === -native.ERRNO.EOPNOTSUPP;
     if (unable) request.changed(offset, 0);
-    this.#unlock(lock, done === 0);
+    this.#changed(lock, done === 0);
     this.#answerChange(request, done === 0 || unable ? Errno.OK : errnoOfSystem(done));
   }
 
@@ -352,6 +378,17 @@ export class BlockStore {
     this.supplier.demand(edge, edge + 1);
     if (edge !== end - 1 && !this.#coversEnd(offset + length)) this.supplier.demand(end - 1, end);
     return false;
+  }
+
+  /** For a thread that is to make a change of the guest's; `#changed` ends it. */
+  #lockForChange(first: number, end: number): RangeLock {
+    this.dirty?.mark(first, end);
+    return this.#locks.lock(first, end);
+  }
+
+  #changed(lock: RangeLock, arrived: boolean): void {
+    this.dirty?.mark(lock.first, lock.end); // who read it meanwhile may have what it was
+    this.#unlock(lock, arrived);
   }
 
   #answerChange(request: IoRequest, errno: number): void {
@@ -441,13 +478,18 @@ export class BlockStore {
     for (const idle of this.#idle.splice(0)) idle();
   }
 
+  /** Whether what was fetched in that epoch may be kept. */
+  #takes(epoch: number): boolean {
+    return epoch === this.epoch && (this.keeps || this.prefills);
+  }
+
   /**
    * Keeps fetched data: buffer[at...] holds the blocks [first, end), the last one cut at the volume's end. Blocks that came
    * otherwise meanwhile are left alone. Returns an errno.
    */
   fill(epoch: number, first: number, end: number, buffer: Buffer, at: number): number {
     const { presence } = this;
-    if (epoch !== this.epoch || !this.keeps || presence === null) return Errno.OK;
+    if (!this.#takes(epoch) || presence === null) return Errno.OK;
     for (
       let block = presence.nextMissing(first, end);
       block < end;
@@ -472,7 +514,7 @@ export class BlockStore {
   async fillLater(epoch: number, first: number, end: number, buffer: Buffer, at: number): Promise<number> {
     for (let block = first; block < end; ) {
       const { presence } = this;
-      if (epoch !== this.epoch || !this.keeps || presence === null) return Errno.OK;
+      if (!this.#takes(epoch) || presence === null) return Errno.OK;
       block = presence.nextMissing(block, end);
       if (block >= end) break;
       const run = this.#locks.run(block, presence.nextPresent(block, end));
@@ -493,7 +535,7 @@ export class BlockStore {
   async fillZeroes(epoch: number, first: number, end: number): Promise<number> {
     for (let block = first; block < end; ) {
       const { presence } = this;
-      if (epoch !== this.epoch || !this.keeps || presence === null) return Errno.OK;
+      if (!this.#takes(epoch) || presence === null) return Errno.OK;
       block = presence.nextMissing(block, end);
       if (block === end) break;
       const stop = Math.min(presence.nextPresent(block, end), block + ZERO_FILL_BLOCKS_MAX);
@@ -518,6 +560,33 @@ export class BlockStore {
     const done = await this.image.zero(offset, bytes, true);
     this.#unlock(lock, done === 0 && epoch === this.epoch);
     return done === 0 ? Errno.OK : errnoOfSystem(done);
+  }
+
+  /**
+   * The source changed these blocks, given as first, end, first, end, ...: what is here of them counts for nothing, nor does what is on its way.
+   * Null: all blocks.
+   */
+  drop(runs: readonly number[] | null): void {
+    this.epoch++;
+    const { presence } = this;
+    if (presence === null) return;
+    if (runs === null) presence.clear(0, this.blocks);
+    else for (let at = 0; at < runs.length; at += 2) presence.clear(runs[at]!, runs[at + 1]!);
+    this.onDrop?.(runs);
+  }
+
+  /** As DirtyMap's, with what threads are changing. */
+  claimChanges(move: string, since: number | null): Tracking {
+    return this.#tracked().claim(move, since, this.#locks.held);
+  }
+
+  cutChanges(move: string, cookie: number): number {
+    return this.#tracked().cut(move, cookie, this.#locks.held);
+  }
+
+  #tracked(): DirtyMap {
+    if (this.dirty !== null) return this.dirty;
+    throw new BlockferryError('generation', `nobody tracks the changes of ${this.image.path}`);
   }
 
   /** Blocks of [first, end) will not come: who waits for them gets `errno`. */
@@ -607,7 +676,7 @@ export class BlockStore {
   }
 
   status(request: StatusRequest): void {
-    reportExtents(request, this.image, this.presence);
+    reportExtents(request, this.image, this.presence, this.keeps);
     request.complete(Errno.OK);
   }
 }

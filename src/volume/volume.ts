@@ -7,6 +7,9 @@
  * - Changes of phase run one after the other; each can be repeated after a crash with the same result.
  * - Taking over raises the generation and makes this the only writer in one durable step. The first guest write is answered
  *   only after `written` is durable, so that a retreat never throws an answered write away.
+ * - A takeover of a standby that holds blocks already first drops those that the source changed, as it told when it was sealed, and commits: what is
+ *   present under the new generation is what the source had. A list that is not of the round expected drops all.
+ * - The takeover by a coordinator begins to track changes (dirty.ts), so that the volume can go home.
  * - seal: gate closed -> no thread changes the image -> image durable -> phase durable -> answered.
  * - hand-off: all blocks here -> image and maps durable -> phase `plain` durable -> maps deleted.
  * - retreat: phase `standby` and a new map epoch durable -> bits dropped. Died in between, the old bits count for nothing.
@@ -15,14 +18,31 @@ import { unlinkSync } from 'node:fs';
 import { dirname } from 'node:path';
 import { BlockferryError } from '../errors.js';
 import { Errno } from '../nbd/constants.js';
+import { BLOCK_BYTES } from './blocks.js';
+import { bootId } from './boot.js';
+import { DirtyMap, type Tracking } from './dirty.js';
 import { syncFolder } from './files.js';
 import { Heat } from './heat.js';
 import { HeatFile } from './heat-file.js';
 import type { Identity, IdentityFile } from './identity.js';
 import type { Image } from './image.js';
 import { allows, guestReads, type Phase, TRANSITIONS, type Transition } from './phase.js';
-import { bootId, type Presence } from './presence.js';
+import type { Presence } from './presence.js';
 import { BlockStore, type Gate, OPEN } from './store.js';
+
+export interface RoundCut {
+  /** The next round's. */
+  cookie: number;
+  /** What changed in the round that ended; 0 where that is not known any more. */
+  changedBytes: number;
+}
+
+/** What a source says it changed, in blocks: first, end, first, end, ... Null runs: everything may have changed. */
+export interface SourceChanges {
+  readonly runs: readonly number[] | null;
+  /** The round it told of; null: it has no rounds. */
+  readonly cookie: number | null;
+}
 
 /** Proof that no takeover of `generation`, or of an earlier one, stands or can happen at the destination. */
 export interface RetreatProof {
@@ -47,14 +67,18 @@ export class Volume {
   #timer: NodeJS.Timeout | undefined;
   /** Told of every change of phase, and when `written` became true, after it happened. */
   onChange: (() => void) | null = null;
+  /** Asks the source for its changes at a takeover, when it is sealed. Rejects where it does not tell. */
+  askChanges: (() => Promise<SourceChanges>) | null = null;
 
   /** Use `openVolume` and its kin in open.ts. */
   constructor(
     readonly identity: IdentityFile,
     image: Image,
     presence: Presence | null,
+    dirty: DirtyMap | null = null,
   ) {
     this.store = new BlockStore(image, presence, identity.current.mapEpoch);
+    this.store.dirty = dirty;
     this.heat = new Heat(image.size);
     this.heatFile = new HeatFile(
       identity.folder,
@@ -101,6 +125,11 @@ export class Volume {
     return this.#closed;
   }
 
+  /** Of a standby: what is here before the takeover, if anything. */
+  get preCopy(): Identity['preCopy'] {
+    return this.identity.current.preCopy;
+  }
+
   /** Whether reads by the guest are answered. */
   get readable(): boolean {
     return !this.#closed && guestReads(this.phase);
@@ -114,6 +143,7 @@ export class Volume {
   /** Makes what is allowed follow the phase. */
   #enter(): void {
     this.store.keeps = this.phase === 'relocating';
+    this.store.prefills = this.phase === 'standby' && this.preCopy?.fills === true;
     this.store.setGate(this.#gate());
     this.onChange?.();
   }
@@ -228,16 +258,67 @@ export class Volume {
     return this.#serially(async () => {
       if (this.phase !== 'retired') {
         this.#require('retire');
-        await this.#change({ phase: 'retired' });
+        const imageStamp = options.deleteImage ? null : this.store.image.stamp;
+        await this.#change({ phase: 'retired', imageStamp });
       }
       await this.heatFile.remove();
+      this.#endTracking();
       if (options.deleteImage && !this.store.image.blockDevice) await this.#deleteImage();
     });
   }
 
+  // Tracking of changes, at the source
+
+  /** See DirtyMap.claim. The volume must be plain. */
+  track(move: string, since: number | null): Promise<Tracking> {
+    return this.#serially(async () => {
+      if (this.phase !== 'plain') {
+        throw new BlockferryError(
+          'phase',
+          `volume ${this.name} is ${this.phase}: its changes cannot be tracked`,
+        );
+      }
+      if (!this.identity.stored) await this.identity.update({});
+      this.store.dirty ??= await this.#startTracking(0);
+      return this.store.claimChanges(move, since);
+    });
+  }
+
+  /** See DirtyMap.cut. */
+  cut(move: string, cookie: number): Promise<RoundCut> {
+    return this.#serially(async () => {
+      const changed = this.store.dirty?.changedBlocks ?? 0;
+      return {
+        cookie: this.store.cutChanges(move, cookie),
+        changedBytes: Math.min(changed * BLOCK_BYTES, this.size),
+      };
+    });
+  }
+
+  /** The move does not copy any more. What a host that has an older image would have to know stays. */
+  untrack(move: string): Promise<void> {
+    return this.#serially(async () => {
+      const { dirty } = this.store;
+      if (dirty === null || dirty.move !== move) return;
+      dirty.release();
+      if (dirty.since === 0) this.#endTracking();
+    });
+  }
+
+  #startTracking(since: number): Promise<DirtyMap> {
+    return DirtyMap.create(this.identity.folder, { id: this.id, blocks: this.store.blocks }, since);
+  }
+
+  #endTracking(): void {
+    this.store.dirty?.unmap();
+    this.store.dirty = null;
+    DirtyMap.remove(this.identity.folder);
+  }
+
   // Destination side
 
-  takeover(generation = this.generation + 1): Promise<{ generation: number }> {
+  async takeover(generation = this.generation + 1): Promise<{ generation: number }> {
+    const changes = await this.#changesAtTakeover();
     return this.#serially(async () => {
       const repeated =
         this.generation === generation && (this.phase === 'relocating' || this.phase === 'plain');
@@ -246,17 +327,62 @@ export class Volume {
         this.#requireNewer(generation);
         // Without a coordinator nobody will ask for a retreat, and nobody says later that the machine runs here.
         const written = this.identity.current.takesOverAtWrite;
-        await this.#change({ phase: 'relocating', generation, written });
+        await this.#forget(changes);
+        const dirty = await this.#startTracking(this.generation);
+        await this.identity.update({ phase: 'relocating', generation, written, preCopy: null });
+        this.store.dirty = dirty;
+        this.#enter();
         this.store.retryParked();
       }
       return { generation };
     });
   }
 
-  #takeOverAtWrite(): Promise<void> {
+  /** Asked for before the volume's turn: a source that does not answer holds up nothing else. */
+  async #changesAtTakeover(): Promise<SourceChanges | null> {
+    if (this.phase !== 'standby' || this.preCopy === null) return null;
+    if (this.askChanges === null) return { runs: null, cookie: null };
+    return this.askChanges();
+  }
+
+  /** What the source changed since it was copied is not here any more, durably. */
+  async #forget(changes: SourceChanges | null): Promise<void> {
+    const { preCopy } = this;
+    if (preCopy === null) return;
+    const known = changes !== null && changes.cookie === preCopy.cookie;
+    this.store.drop(known ? changes.runs : null);
+    if ((await this.store.commit()) !== Errno.OK) throw this.store.failure;
+  }
+
+  /**
+   * Round `from` of the source's is over here, and these are the changes that the next one told of. Repeated it changes nothing. Throws 'generation' if
+   * they follow another round.
+   */
+  refresh(from: number, changes: SourceChanges): Promise<void> {
     return this.#serially(async () => {
+      const { preCopy, phase } = this.identity.current;
+      if (phase !== 'standby' || preCopy === null)
+        throw new BlockferryError('phase', `volume ${this.name} is ${phase} and copies nothing ahead`);
+      const { runs, cookie } = changes;
+      if (preCopy.cookie === cookie) return;
+      if (preCopy.cookie !== from || runs === null) {
+        throw new BlockferryError(
+          'generation',
+          `volume ${this.name} knows round ${preCopy.cookie}, not ${from}: what follows that one says nothing`,
+        );
+      }
+      this.store.drop(runs);
+      await this.#change({ preCopy: { ...preCopy, cookie } });
+    });
+  }
+
+  async #takeOverAtWrite(): Promise<void> {
+    const changes = await this.#changesAtTakeover();
+    await this.#serially(async () => {
       if (this.phase !== 'standby') return;
-      await this.#change({ phase: 'relocating', generation: this.generation + 1, written: true });
+      await this.#forget(changes);
+      const generation = this.generation + 1;
+      await this.#change({ phase: 'relocating', generation, written: true, preCopy: null });
       this.store.retryParked();
     });
   }
@@ -287,7 +413,8 @@ export class Volume {
       await this.identity.update({ phase: 'standby', mapEpoch: epoch });
       await this.store.serially(async () => {
         this.store.presence?.drop(epoch);
-        this.store.epoch = epoch;
+        this.store.epoch++;
+        this.#endTracking();
         this.#enter();
       });
       this.store.retryParked();
@@ -356,6 +483,7 @@ export class Volume {
     clearInterval(this.#timer);
     this.heatFile.stop();
     this.store.keeps = false; // ends a long fill of zeros between two of its steps
+    this.store.prefills = false;
     this.store.setGate(CLOSED);
     this.store.giveUp(0, this.store.blocks, Errno.ESHUTDOWN);
     await this.store.idle();
@@ -369,6 +497,9 @@ export class Volume {
       await this.#shut();
       if (!this.readOnly) await this.heatFile.save();
       const durable = (await this.store.commit()) === Errno.OK;
+      if (durable) this.store.dirty?.close(this.store.image.stamp);
+      else this.store.dirty?.unmap();
+      this.store.dirty = null;
       if (this.store.presence !== null) {
         this.store.presence.close();
         if (durable) await this.identity.update({ openBootId: null });

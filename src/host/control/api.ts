@@ -11,8 +11,10 @@ import {
   machineDefinitionSchema,
   type RunState,
 } from '../../hypervisor/driver.js';
+import { isLevel } from '../../nbd/codec/frames.js';
+import { COOKIE_MAX } from '../../volume/dirty.js';
 import { volumeName } from '../config.js';
-import type { RetreatProof, VolumeStatus } from '../service.js';
+import type { RetreatProof, RoundCut, Tracking, VolumeStatus } from '../service.js';
 
 export const REQUEST_BODY_BYTES_MAX = 1 << 20;
 export const RESPONSE_BODY_BYTES_MAX = 16 << 20;
@@ -55,6 +57,8 @@ const uri = z.string().min(1).max(4096);
 const timeoutMs = z.number().int().min(0).max(WAIT_MS_MAX);
 const moveId = z.string().min(1).max(100);
 const volumeId = z.string().min(1).max(200);
+/** Of a round of changes. */
+const cookie = z.number().int().min(1).max(COOKIE_MAX);
 
 export const nothing = z.strictObject({}).default({});
 
@@ -69,7 +73,23 @@ export const createVolume = z.strictObject({
   image: z.string().min(1).max(4096).startsWith('/', 'an absolute path').optional(),
   /** Limit of the background copy. */
   rateBytesPerSecond: bytes.min(1).nullable().default(null),
+  /** Of the link to the source; default: as this daemon is set. */
+  compression: z.union([z.literal('off'), z.literal('auto'), z.number().refine(isLevel)]).optional(),
+  /** The source tracks its changes, and this is the round: blocks may be here before the takeover. */
+  preCopy: z
+    .strictObject({
+      cookie,
+      /** Blocks are copied before the takeover. */
+      fills: z.boolean(),
+      /** The source tells what changed since this generation, whose image is here. */
+      since: generation.nullable(),
+    })
+    .nullable()
+    .default(null),
 });
+export const track = z.strictObject({ moveId, since: generation.nullable() });
+export const cut = z.strictObject({ moveId, cookie });
+export const refresh = z.strictObject({ from: cookie, to: cookie });
 export const takeover = z.strictObject({ generation: generation.optional() }).default({});
 export const seal = z.strictObject({ generation });
 export const unseal = z.strictObject({ volumeId, generation });
@@ -100,6 +120,8 @@ export interface ServedVolume extends VolumeStatus {
   linkUri: string | null;
   /** What the image occupies on this host's disk. */
   allocatedBytes: number;
+  /** Of a volume that moved away: the generation that its image here still is, if it is known to be untouched. */
+  home: number | null;
 }
 
 /** A volume that is configured or on disk and could not be opened; the daemon serves the others. */
@@ -110,6 +132,8 @@ export interface UnavailableVolume {
   retiredId: string | null;
   image: string;
   error: string;
+  /** As in ServedVolume. */
+  home: number | null;
 }
 
 export type VolumeView = ServedVolume | UnavailableVolume;
@@ -169,6 +193,10 @@ export interface HostControl {
   volume(name: string): Promise<VolumeView>;
   createVolume(request: CreateVolume): Promise<VolumeView>;
   takeover(name: string, generation?: number): Promise<{ generation: number }>;
+  track(name: string, moveId: string, since: number | null): Promise<Tracking>;
+  cut(name: string, moveId: string, cookie: number): Promise<RoundCut>;
+  untrack(name: string, moveId: string): Promise<void>;
+  refresh(name: string, from: number, to: number): Promise<void>;
   seal(name: string, generation: number): Promise<void>;
   unseal(name: string, proof: RetreatProof): Promise<void>;
   retreat(name: string): Promise<RetreatProof>;

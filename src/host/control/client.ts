@@ -3,7 +3,7 @@
 import { Agent, request as httpRequest, type IncomingMessage } from 'node:http';
 import { BlockferryError, type ErrorCode, messageOf } from '../../errors.js';
 import type { MachineDefinition, MigrationInfo } from '../../hypervisor/driver.js';
-import type { RetreatProof } from '../service.js';
+import type { RetreatProof, RoundCut, Tracking } from '../service.js';
 import {
   type CreateVolume,
   type HostControl,
@@ -56,6 +56,18 @@ export class ControlClient implements HostControl {
   }
   takeover(name: string, generation?: number): Promise<{ generation: number }> {
     return this.call('POST', volumePath(name, 'takeover'), generation === undefined ? {} : { generation });
+  }
+  track(name: string, moveId: string, since: number | null): Promise<Tracking> {
+    return this.call('POST', volumePath(name, 'track'), { moveId, since });
+  }
+  cut(name: string, moveId: string, cookie: number): Promise<RoundCut> {
+    return this.call('POST', volumePath(name, 'cut'), { moveId, cookie });
+  }
+  async untrack(name: string, moveId: string): Promise<void> {
+    await this.call('POST', volumePath(name, 'untrack'), { moveId });
+  }
+  async refresh(name: string, from: number, to: number): Promise<void> {
+    await this.call('POST', volumePath(name, 'refresh'), { from, to });
   }
   async seal(name: string, generation: number): Promise<void> {
     await this.call('POST', volumePath(name, 'seal'), { generation });

@@ -6,17 +6,20 @@ import type { Volumes } from '../volumes.js';
 import {
   cancelVolume,
   createVolume,
+  cut,
   incoming,
   migrate,
   nothing,
   ofMove,
   prefetch,
   rate,
+  refresh,
   retire,
   type StatusView,
   seal,
   stopMachine,
   takeover,
+  track,
   unseal,
   wait,
   waitMigration,
@@ -64,6 +67,18 @@ function volumeRoutes(volumes: Volumes): Route[] {
     route('POST', '/v1/volumes', createVolume, ({ body }) => volumes.arrive(body)),
     route('POST', path('takeover'), takeover, ({ params, body }) =>
       volumes.takeover(params.name, body.generation),
+    ),
+    route('POST', path('track'), track, ({ params, body }) =>
+      volumes.service(params.name).track(body.moveId, body.since),
+    ),
+    route('POST', path('cut'), cut, ({ params, body }) =>
+      volumes.service(params.name).cut(body.moveId, body.cookie),
+    ),
+    route('POST', path('untrack'), ofMove, ({ params, body }) =>
+      done(volumes.service(params.name).untrack(body.moveId)),
+    ),
+    route('POST', path('refresh'), refresh, ({ params, body }) =>
+      done(volumes.service(params.name).refresh(body.from, body.to)),
     ),
     route('POST', path('seal'), seal, ({ params, body }) =>
       done(volumes.service(params.name).seal(body.generation)),

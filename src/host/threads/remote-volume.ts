@@ -4,7 +4,7 @@ import { BlockferryError } from '../../errors.js';
 import { Errno } from '../../nbd/constants.js';
 import type { BlockDevice, IoRequest } from '../../nbd/device.js';
 import type { HeldVolume, VolumeLook } from '../held-volume.js';
-import type { RetreatProof } from '../service.js';
+import type { RetreatProof, RoundCut, Tracking } from '../service.js';
 import type { DataThread } from './data-thread.js';
 import type { DeviceFacts, Verb, VolumeFacts } from './messages.js';
 
@@ -62,6 +62,22 @@ export class RemoteVolume implements HeldVolume {
 
   retire({ deleteImage }: { deleteImage: boolean }): Promise<void> {
     return this.#call('retire', { deleteImage });
+  }
+
+  track(moveId: string, since: number | null): Promise<Tracking> {
+    return this.#call('track', moveId, since);
+  }
+
+  cut(moveId: string, cookie: number): Promise<RoundCut> {
+    return this.#call('cut', moveId, cookie);
+  }
+
+  untrack(moveId: string): Promise<void> {
+    return this.#call('untrack', moveId);
+  }
+
+  refresh(from: number, to: number): Promise<void> {
+    return this.#call('refresh', from, to);
   }
 
   takeover(generation?: number): Promise<{ generation: number }> {

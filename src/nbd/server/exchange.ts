@@ -135,7 +135,7 @@ export class Exchange {
     job[SLEEPS] = Number(this.#afterLong);
     job[POLL_US] = receives ? this.#pollUs : -1;
     job[RECEIVE_BYTES_MAX] = this.#afterLong ? this.#headBytes : input.length;
-    const ending = exchange(job, input, output.buffer, direct.present, direct.heat);
+    const ending = exchange(job, input, output.buffer, direct.present, direct.heat, direct.dirty);
     this.at = job[AT]!;
     this.end = job[END]!;
     output.keep(job[OUT_FROM]!, job[OUT_TO]!);

@@ -25,6 +25,9 @@ function volume(change: Partial<ServedVolume>): ServedVolume {
     },
     demand: { reads: 0, p50Ms: 0, p99Ms: 0 },
     traffic: { fromSourceBytes: 0, demandBytes: 1 << 20, backgroundBytes: 0, wireBytes: 0, zeroBytes: 0 },
+    preCopy: null,
+    tracking: null,
+    home: null,
     clients: 0,
     handoffAt: null,
     error: null,
@@ -74,6 +77,7 @@ describe('progress', () => {
       retiredId: null,
       image: '',
       error: 'no image',
+      home: null,
     } as const;
     assert.equal(progressLine(broken), 'x: not served: no image');
   });

@@ -6,7 +6,14 @@ import pino from 'pino';
 import { BlockferryError } from '../../../src/errors.js';
 import { holdLocally, type OpenVolume } from '../../../src/host/held-volume.js';
 import type { DaemonParts, ExportListener } from '../../../src/host/parts.js';
-import type { Phase, RetreatProof, VolumeService, VolumeStatus } from '../../../src/host/service.js';
+import type {
+  Phase,
+  RetreatProof,
+  RoundCut,
+  Tracking,
+  VolumeService,
+  VolumeStatus,
+} from '../../../src/host/service.js';
 import type {
   Hypervisor,
   Machine,
@@ -87,6 +94,8 @@ export class FakeService implements VolumeService {
       },
       demand: { reads: 0, p50Ms: 0, p99Ms: 0 },
       traffic: { fromSourceBytes: 0, demandBytes: 0, backgroundBytes: 0, wireBytes: 0, zeroBytes: 0 },
+      preCopy: null,
+      tracking: null,
       clients: 0,
       handoffAt: null,
       error: null,
@@ -109,6 +118,17 @@ export class FakeService implements VolumeService {
   async retire(): Promise<void> {
     if (this.phase !== 'retired') this.require('sealed');
     this.phase = 'retired';
+  }
+  async track(): Promise<Tracking> {
+    this.require('plain');
+    return { cookie: 1, home: false };
+  }
+  async cut(_moveId: string, cookie: number): Promise<RoundCut> {
+    return { cookie: cookie + 1, changedBytes: 0 };
+  }
+  async untrack(): Promise<void> {}
+  async refresh(): Promise<void> {
+    this.require('standby');
   }
   async takeover(generation = this.generation + 1): Promise<{ generation: number }> {
     this.require('standby');

@@ -7,7 +7,7 @@ import { BlockferryError } from '../../../src/errors.js';
 import { runMove } from '../../../src/migration/coordinator.js';
 import { Journal } from '../../../src/migration/journal.js';
 import type { Timing } from '../../../src/migration/perform.js';
-import { makePlan } from '../../../src/migration/plan.js';
+import { makePlan, type Switch } from '../../../src/migration/plan.js';
 import type { MoveResult } from '../../../src/migration/result.js';
 import { FakeWorld, type Fault, Killed, VM } from './fake-hosts.js';
 
@@ -29,8 +29,9 @@ before(() => {
 });
 after(() => rmSync(folder, { recursive: true, force: true }));
 
-async function newJournal(world: FakeWorld): Promise<Journal> {
-  const journal = Journal.create(folder, await makePlan(world.from, world.to, REQUEST));
+async function newJournal(world: FakeWorld, when: Switch = 'now'): Promise<Journal> {
+  const request = { ...REQUEST, switch: when };
+  const journal = Journal.create(folder, await makePlan(world.from, world.to, request));
   world.calls = 0;
   world.log.length = 0;
   return journal;
@@ -81,10 +82,11 @@ function assertEnd(world: FakeWorld, outcome: string, hint: string): void {
 async function callsWithoutFault(
   disks: readonly string[],
   outcome: FakeWorld['switchOutcome'],
+  when: Switch,
 ): Promise<number> {
   const world = new FakeWorld(disks);
   world.switchOutcome = outcome;
-  const journal = await newJournal(world);
+  const journal = await newJournal(world, when);
   await move(world, journal);
   journal.close();
   return world.calls;
@@ -96,10 +98,11 @@ async function moveWithFault(
   switchOutcome: FakeWorld['switchOutcome'],
   fault: Fault,
   then: 'forward' | 'back',
+  when: Switch,
 ): Promise<boolean> {
   const world = new FakeWorld(disks);
   world.switchOutcome = switchOutcome;
-  const journal = await newJournal(world);
+  const journal = await newJournal(world, when);
   world.fault = fault;
   let result: MoveResult | null = null;
   try {
@@ -145,15 +148,18 @@ describe('coordinator', () => {
       assert.equal(steps.at(-1)?.kind, 'finish');
     });
 
-    for (const switchOutcome of ['arrives', 'dies'] as const) {
-      for (const kind of KINDS) {
-        test(`${of}, switch ${switchOutcome}, ${kind} at every call: one writer, and a clean end`, async () => {
-          const calls = await callsWithoutFault(disks, switchOutcome);
-          for (let call = 0; call < calls; call += 1) {
-            const continued = await moveWithFault(disks, switchOutcome, { call, kind }, 'forward');
-            if (continued) await moveWithFault(disks, switchOutcome, { call, kind }, 'back');
-          }
-        });
+    for (const when of ['now', 'all'] as const) {
+      for (const switchOutcome of ['arrives', 'dies'] as const) {
+        for (const kind of KINDS) {
+          test(`${of}, ${when}, switch ${switchOutcome}, ${kind} at every call: one writer, and a clean end`, async () => {
+            const calls = await callsWithoutFault(disks, switchOutcome, when);
+            for (let call = 0; call < calls; call += 1) {
+              const fault = { call, kind };
+              const continued = await moveWithFault(disks, switchOutcome, fault, 'forward', when);
+              if (continued) await moveWithFault(disks, switchOutcome, fault, 'back', when);
+            }
+          });
+        }
       }
     }
   }

@@ -12,7 +12,7 @@ import type {
   StatusView,
   VolumeView,
 } from '../../../src/host/control/api.js';
-import type { Phase, RetreatProof } from '../../../src/host/service.js';
+import type { Phase, RetreatProof, RoundCut, Tracking } from '../../../src/host/service.js';
 import type { MachineDefinition, MigrationInfo } from '../../../src/hypervisor/driver.js';
 
 interface FakeVolume {
@@ -21,6 +21,10 @@ interface FakeVolume {
   generation: number;
   sealedFor: number | null;
   settled: boolean;
+  /** At the source: the move that copies, and its round. */
+  rounds?: { moveId: string; cookie: number } | undefined;
+  /** At the destination: the round it knows. */
+  preCopy?: ServedVolume['preCopy'];
 }
 
 export interface Fault {
@@ -166,12 +170,19 @@ function view(name: string, volume: FakeVolume): ServedVolume {
     demand: { reads: 0, p50Ms: 0, p99Ms: 0 },
     traffic: { fromSourceBytes: 3, demandBytes: 1, backgroundBytes: 2, wireBytes: 3, zeroBytes: 4 },
     clients: 0,
+    preCopy: volume.preCopy ?? null,
+    tracking: null,
     handoffAt: null,
     error: null,
+    home: null,
     image: `/${name}.img`,
     linkUri: `nbd://source/${name}`,
     allocatedBytes: 1 << 19,
   };
+}
+
+function ahead(cookie: number | undefined): ServedVolume['preCopy'] {
+  return cookie === undefined ? null : { cookie, caughtUp: true, hotDone: true, missingBytes: 0 };
 }
 
 function refuse(code: 'phase' | 'not-found' | 'exists' | 'generation', message: string): never {
@@ -236,6 +247,18 @@ abstract class FakeHost implements HostControl {
   }
   async takeover(_name: string, _generation?: number): Promise<{ generation: number }> {
     return refuse('phase', 'not here');
+  }
+  async track(_name: string, _moveId: string, _since: number | null): Promise<Tracking> {
+    return refuse('phase', 'not here');
+  }
+  async cut(_name: string, _moveId: string, _cookie: number): Promise<RoundCut> {
+    return refuse('phase', 'not here');
+  }
+  async untrack(_name: string, _moveId: string): Promise<void> {
+    refuse('phase', 'not here');
+  }
+  async refresh(_name: string, _from: number, _to: number): Promise<void> {
+    refuse('phase', 'not here');
   }
   async seal(_name: string, _generation: number): Promise<void> {
     refuse('phase', 'not here');
@@ -354,6 +377,23 @@ class FakeSource extends FakeHost {
     source.state = 'absent';
     source.departed = true;
   }
+  override async track(name: string, moveId: string): Promise<Tracking> {
+    const volume = this.get(name);
+    if (volume.phase !== 'plain') refuse('phase', `cannot track, is ${volume.phase}`);
+    if (volume.rounds?.moveId !== moveId) volume.rounds = { moveId, cookie: 1 };
+    return { cookie: volume.rounds.cookie, home: false };
+  }
+  override async cut(name: string, moveId: string, cookie: number): Promise<RoundCut> {
+    const { rounds } = this.get(name);
+    if (rounds?.moveId !== moveId || cookie > rounds.cookie || cookie < rounds.cookie - 1)
+      refuse('generation', 'not this round');
+    rounds.cookie = cookie + 1;
+    return { cookie: rounds.cookie, changedBytes: 0 };
+  }
+  override async untrack(name: string, moveId: string): Promise<void> {
+    const volume = this.get(name);
+    if (volume.rounds?.moveId === moveId) volume.rounds = undefined;
+  }
   override async seal(name: string, generation: number): Promise<void> {
     const volume = this.get(name);
     if (volume.phase === 'sealed' && volume.sealedFor === generation) return;
@@ -394,9 +434,23 @@ class FakeDestination extends FakeHost {
     const present = this.world.there.get(request.name);
     if (present && present.phase !== 'standby') refuse('exists', 'there is one');
     const { volumeId: id, generation } = request;
-    const volume = present ?? { id, phase: 'standby', generation, sealedFor: null, settled: false };
+    const volume: FakeVolume = present ?? {
+      id,
+      phase: 'standby',
+      generation,
+      sealedFor: null,
+      settled: false,
+      preCopy: ahead(request.preCopy?.cookie),
+    };
     this.world.there.set(request.name, volume);
     return view(request.name, volume);
+  }
+  override async refresh(name: string, from: number, to: number): Promise<void> {
+    const volume = this.get(name);
+    const known = volume.preCopy?.cookie;
+    if (volume.phase !== 'standby' || (known !== from && known !== to))
+      refuse('generation', 'not this round');
+    volume.preCopy = ahead(to);
   }
   override async incoming(_name: string, moveId: string): Promise<{ uri: string }> {
     const { destination, there, names } = this.world;

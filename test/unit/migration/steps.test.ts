@@ -19,17 +19,28 @@ const VOLUMES: VolumeFacts[] = (['plain', 'sealed', 'retired', 'other'] as const
   ),
 );
 
+const BOTH = [true, false].flatMap((arrived) => [true, false].map((copied) => [arrived, copied] as const));
+const BOTH_ARRIVED = BOTH.filter(([arrived]) => arrived);
+
 /** Every combination with two volumes. */
 function everyFact(act: (facts: Facts, direction: Direction, next: Next) => void): number {
   let count = 0;
   for (const [source, departed] of SOURCES_DEPARTED)
     for (const destination of DESTINATIONS)
       for (const claimed of [true, false])
-        for (const arrived of destination === 'ran' ? [true] : [true, false])
+        for (const [arrived, copiedAhead] of destination === 'ran' ? BOTH_ARRIVED : BOTH)
           for (const a of VOLUMES)
             for (const b of VOLUMES)
               for (const direction of ['forward', 'back'] as const) {
-                const facts = { source, departed, destination, claimed, arrived, volumes: [a, b] };
+                const facts = {
+                  source,
+                  departed,
+                  destination,
+                  claimed,
+                  arrived,
+                  copiedAhead,
+                  volumes: [a, b],
+                };
                 act(facts, direction, nextStep(facts, direction));
                 count += 1;
               }
@@ -41,6 +52,12 @@ const took = (volume: VolumeFacts): boolean =>
 
 /** What must hold whenever a step is chosen. */
 const ALLOWED: Partial<Record<StepName, (facts: Facts) => boolean>> = {
+  'pre-copy': ({ source, destination, copiedAhead, claimed, volumes }) =>
+    source === 'running' &&
+    destination !== 'incoming' &&
+    claimed &&
+    !copiedAhead &&
+    volumes.every((volume) => volume.source === 'plain' && volume.destination === 'standby'),
   seal: ({ source, volumes }) => source === 'pre-switchover' && !volumes.some(took),
   takeover: ({ source, volumes }) =>
     source === 'pre-switchover' &&
@@ -74,7 +91,7 @@ describe('nextStep', () => {
       assert.ok(allowed, `${direction}: ${next.step} with ${JSON.stringify(facts)}`);
     });
     assert.ok(count > 100_000);
-    assert.equal(seen.size, 18, [...seen].join(', '));
+    assert.equal(seen.size, 19, [...seen].join(', '));
   });
 
   test('never turns back once the guest ran at the destination, and never forward before', () => {

@@ -28,6 +28,8 @@ function identityOf(change: Partial<Identity> = {}): Identity {
     written: true,
     source: { uri: 'nbd://host/vm', description: 'what it said' },
     takesOverAtWrite: false,
+    preCopy: null,
+    imageStamp: null,
     imageCreated: true,
     openBootId: randomUUID(),
     created: new Date().toISOString(),

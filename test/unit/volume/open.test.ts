@@ -14,10 +14,10 @@ import { join } from 'node:path';
 import { describe, test } from 'node:test';
 import { Errno } from '../../../src/nbd/constants.js';
 import { VOLUME_BYTES_MAX } from '../../../src/volume/blocks.js';
+import { bootId } from '../../../src/volume/boot.js';
 import { type Identity, readIdentity } from '../../../src/volume/identity.js';
 import { Image } from '../../../src/volume/image.js';
 import { checkName, defaultName, openPlain, reopen } from '../../../src/volume/open.js';
-import { bootId } from '../../../src/volume/presence.js';
 import { failsWith, OTHER_BOOT, patterned, sparseFile } from '../../support/volume.js';
 import {
   folderOf,
@@ -276,7 +276,7 @@ describe('reopen', () => {
     truncateSync(join(folderOf(root), 'presence.map'), 10);
     const volume = await reopened(root);
     assert.equal(volume.store.presence, null);
-    assert.deepEqual(readdirSync(folderOf(root)), ['volume.json']);
+    assert.deepEqual(readdirSync(folderOf(root)), ['dirty.live', 'volume.json']);
   });
 
   test('a folder of the state folder that is no volume disturbs nobody', async () => {

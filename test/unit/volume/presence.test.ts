@@ -3,8 +3,9 @@ import { randomUUID } from 'node:crypto';
 import { existsSync, readdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, test } from 'node:test';
+import { bootId } from '../../../src/volume/boot.js';
 import { PAGE_BITS } from '../../../src/volume/durable-map.js';
-import { bootId, Presence } from '../../../src/volume/presence.js';
+import { Presence } from '../../../src/volume/presence.js';
 import { copyOf, failsWith, OTHER_BOOT, tempFolder, turns } from '../../support/volume.js';
 
 const BLOCKS = 2 * PAGE_BITS + 77;

@@ -1,0 +1,30 @@
+/**
+ * BLOCK_STATUS of a dirty map. Flags of an extent of `blockferry:dirty`: bit 0 dirty, bit 1 the volume is sealed, bits 2 to 31 the round's cookie, 0 where
+ * no move copies. Each extent tells them, so that a list that spans a cut is not taken for one round's.
+ */
+import type { StatusRequest } from '../nbd/device.js';
+import { BLOCK_BYTES, blockAt, blocksOf } from './blocks.js';
+import type { DirtyMap } from './dirty.js';
+
+export const DirtyFlag = { DIRTY: 1, SEALED: 2 } as const;
+/** What a cookie is multiplied with in the flags. */
+export const DIRTY_COOKIE_UNIT = 4;
+
+/** As in extents.ts: an answer may end early, and clients ask again. */
+const STATUS_MS_MAX = 5;
+const LOOK_AFTER = 256;
+
+/** Adds the extents of the request's range. Without a map every block counts as dirty. `more`: flags of every extent besides. */
+export function reportDirty(request: StatusRequest, dirty: DirtyMap | null, more: number): void {
+  const past = request.offset + request.length;
+  const end = blocksOf(past);
+  const untilMs = performance.now() + STATUS_MS_MAX;
+  let extents = 0;
+  for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
+    const stretch = dirty === null ? { dirty: true, end } : dirty.stretch(blockAt(at), end);
+    const to = Math.min(stretch.end * BLOCK_BYTES, past);
+    request.extent(to - at, more + (stretch.dirty ? DirtyFlag.DIRTY : 0));
+    at = to;
+    if (extents % LOOK_AFTER === LOOK_AFTER - 1 && performance.now() > untilMs) return;
+  }
+}
