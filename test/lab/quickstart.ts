@@ -58,6 +58,8 @@ async function main(): Promise<void> {
       /** What the guest has on its disk: a file system, or records from the first byte on. */
       mode: { type: 'string', default: 'ext4' },
       bandwidth: { type: 'string' },
+      /** As `blockferry migrate` has it: now, hot or all. */
+      switch: { type: 'string' },
       /** Between two network namespaces, over a line of 100 Mbit/s with a round trip of 20 ms. */
       wan: { type: 'boolean', default: false },
     },
@@ -70,6 +72,7 @@ async function main(): Promise<void> {
     slots: SLOTS,
     dirtyMiB: DIRTY_MIB,
     bandwidth: bandwidth ?? (wan ? null : BANDWIDTH),
+    switch: values.switch,
     wan: wan ? WAN : null,
     workHeartbeats: wan ? WAN_WORK_HEARTBEATS : WORK_HEARTBEATS,
     watchMs: wan ? WAN_WATCH_MS : 0,

@@ -22,6 +22,8 @@ export interface VerifiedMoveOptions {
   memoryMiB?: number;
   /** `--bandwidth` of the command, for memory and for the disk, each; null: none. */
   bandwidth: string | null;
+  /** `--switch` of the command; absent: its default. */
+  switch?: string | undefined;
   wan: WanOptions | null;
   /** How long the guest works before the move, and at the destination before and after the source is gone, in heartbeats of 10 ms. */
   workHeartbeats: number;
@@ -170,13 +172,14 @@ async function prepare(options: VerifiedMoveOptions, cleanUp: (() => Promise<unk
 
 async function migrate(
   { a, b, lab, monitor }: Hosts,
-  { bandwidth, say, detail }: VerifiedMoveOptions,
+  { bandwidth, switch: when, say, detail }: VerifiedMoveOptions,
 ): Promise<{ move: MoveResult; bytes: WanOutcome['bytes'] | null }> {
   const over = new AbortController();
   const attached = b.serialPath('vm1', over.signal).then((path) => monitor.attach('b', path));
   attached.catch(() => undefined);
   const words = ['migrate', 'vm1', '--from', a.control, '--to', b.control];
   if (bandwidth !== null) words.push('--bandwidth', bandwidth);
+  if (when !== undefined) words.push('--switch', when);
   say(`blockferry ${words.join(' ')}`);
   words.push('--state-dir', a.folder, '--json');
   const before = await lab?.stats();
