@@ -51,6 +51,7 @@ export interface Given extends Partial<Record<Field, number>> {
   input: Buffer;
   output?: Buffer;
   present?: Uint8Array | null;
+  dirty?: Uint8Array | null;
 }
 
 export interface Outcome extends Record<Field, number> {
@@ -87,7 +88,7 @@ export function jobOf(given: Given): Float64Array<ArrayBuffer> {
 export function exchanged(given: Given): Outcome {
   const output = given.output ?? Buffer.alloc(1 << 20, 0xee);
   const job = jobOf(given);
-  const ending = native.exchange(job, given.input, output, given.present ?? null);
+  const ending = native.exchange(job, given.input, output, given.present ?? null, null, given.dirty ?? null);
   const fields = Object.fromEntries(FIELDS.map((field, i) => [field, job[i]!])) as Record<Field, number>;
   return { ...fields, ending, answers: output.subarray(fields.outFrom, fields.outTo) };
 }

@@ -236,6 +236,33 @@ describe('bitmaps', () => {
     assert.equal(native.nextOne(map, 0, bits), bits);
   });
 
+  test('orInto sets what is set in the other, and nothing else, at any length', () => {
+    for (const bytes of [0, 1, 7, 8, 9, 16, 4099]) {
+      const map = Uint8Array.from({ length: bytes }, (_, i) => (i * 37) & 0xff);
+      const other = Uint8Array.from({ length: bytes }, (_, i) => (i % 3 === 0 ? (i * 91) & 0xff : 0));
+      const [mine, more] = [map.slice(), other.slice()];
+      native.orInto(map, other);
+      for (let i = 0; i < bytes; i++) assert.equal(map[i], mine[i]! | more[i]!, `byte ${i} of ${bytes}`);
+      assert.deepEqual(other, more);
+    }
+    // Beside 8-byte borders of its memory, and nothing around it.
+    const around = new Uint8Array(32);
+    native.orInto(around.subarray(3, 22), new Uint8Array(19).fill(0xff));
+    assert.deepEqual(
+      [...around],
+      [...new Array(3).fill(0), ...new Array(19).fill(0xff), ...new Array(10).fill(0)],
+    );
+  });
+
+  test('orInto of maps that are not of one length throws, and does nothing', () => {
+    const map = new Uint8Array(16);
+    for (const length of [0, 15, 17])
+      assert.throws(() => native.orInto(map, new Uint8Array(length).fill(0xff)), {
+        code: 'ERR_OUT_OF_RANGE',
+      });
+    assert.deepEqual(map, new Uint8Array(16));
+  });
+
   test('empty maps and empty ranges', () => {
     const none = new Uint8Array(0);
     assert.equal(native.countOnes(none, 0, 0), 0);
@@ -277,6 +304,7 @@ describe('wrong arguments throw, and do nothing', () => {
     nextOne: [buffer, 0, 128],
     setRange: [buffer, 0, 0],
     clearRange: [buffer, 0, 0],
+    orInto: [buffer, buffer],
   };
   const wrongNumbers = [-1, 0.5, Number.NaN, Number.POSITIVE_INFINITY, 2 ** 53, -(2 ** 40)];
   const wrongTypes = [undefined, null, '0', 1n, {}, [], Symbol('x'), () => 0];
