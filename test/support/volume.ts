@@ -204,11 +204,20 @@ export function asLeftByAnotherBoot(folder: string): void {
   const identity = JSON.parse(readFileSync(path, 'utf8')) as Identity;
   if (identity.openBootId !== null) identity.openBootId = OTHER_BOOT;
   writeFileSync(path, JSON.stringify(identity));
+  loseDirty(join(folder, 'dirty.live'));
   const live = join(folder, 'presence.live');
   if (!existsSync(live)) return;
   const bytes = readFileSync(live).fill(0xff, 4096); // bits that the kernel happened to write back
   bytes.write(OTHER_BOOT, LIVE_BOOT_AT, 'latin1');
   writeFileSync(live, bytes);
+}
+
+/** What dirty.live held in memory is lost as well: none of its bits was written back. */
+function loseDirty(path: string): void {
+  if (!existsSync(path)) return;
+  const bytes = readFileSync(path).fill(0, 4096);
+  bytes.write(OTHER_BOOT, LIVE_BOOT_AT, 'latin1');
+  writeFileSync(path, bytes);
 }
 
 /** A copy of `folder` as a process that is killed now leaves it; the page cache is what cp reads. Holes stay holes. */

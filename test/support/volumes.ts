@@ -1,7 +1,9 @@
 /** Volumes in any phase, made the way they come to be, and what a kill or a crash of the machine leaves of them. */
+import { createHash } from 'node:crypto';
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { after } from 'node:test';
+import { setImmediate } from 'node:timers/promises';
 import type { Identity } from '../../src/volume/identity.js';
 import { createProxied, openPlain, type ProxiedOptions, reopen } from '../../src/volume/open.js';
 import type { Phase } from '../../src/volume/phase.js';
@@ -119,4 +121,37 @@ export function afterReboot(host: string, root = host): string {
 
 export async function reopened(root: string): Promise<Volume> {
   return keep(await reopen({ stateDir: stateOf(root), name: NAME }));
+}
+
+/** Names and contents of all files of a host. */
+function fingerprint(root: string): string {
+  const hash = createHash('sha1');
+  for (const entry of readdirSync(root, { recursive: true, encoding: 'utf8' }).sort()) {
+    hash.update(`${entry}\n`);
+    try {
+      hash.update(readFileSync(join(root, entry)));
+    } catch {
+      hash.update('a folder, or gone by now');
+    }
+  }
+  return hash.digest('hex');
+}
+
+/** The host in every state that is seen at a turn of the loop while `step` runs, the last one behind it. */
+export async function momentsOf(root: string, step: Promise<unknown>): Promise<string[]> {
+  const moments: string[] = [];
+  let last = '';
+  let over = false;
+  const running = step.finally(() => {
+    over = true;
+  });
+  while (!over) {
+    const now = fingerprint(root);
+    if (now !== last) moments.push(copyOf(root));
+    last = now;
+    await setImmediate();
+  }
+  await running;
+  moments.push(copyOf(root));
+  return moments;
 }

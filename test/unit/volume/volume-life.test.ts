@@ -1,23 +1,22 @@
 /** Closing, cancelling, and a kill or a crash at any moment of each change of phase. */
 import assert from 'node:assert/strict';
-import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync, readdirSync, readFileSync, unlinkSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, unlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, test } from 'node:test';
-import { setImmediate } from 'node:timers/promises';
 import { CommandFlag, Errno } from '../../../src/nbd/constants.js';
 import { GuestDevice, LinkDevice } from '../../../src/volume/faces.js';
 import { readIdentity } from '../../../src/volume/identity.js';
 import { Image } from '../../../src/volume/image.js';
 import { createProxied, reopen } from '../../../src/volume/open.js';
 import { Volume } from '../../../src/volume/volume.js';
-import { asLeftByAnotherBoot, copyOf, failsWith, Io, patterned, turns, until } from '../../support/volume.js';
+import { asLeftByAnotherBoot, failsWith, Io, patterned, turns, until } from '../../support/volume.js';
 import {
   afterKill,
   afterReboot,
   folderOf,
   host,
   keep,
+  momentsOf,
   NAME,
   proxiedVolume,
   reopened,
@@ -29,39 +28,6 @@ import {
 } from '../../support/volumes.js';
 
 const B = 4096;
-
-/** Names and contents of all files of a host. */
-function fingerprint(root: string): string {
-  const hash = createHash('sha1');
-  for (const entry of readdirSync(root, { recursive: true, encoding: 'utf8' }).sort()) {
-    hash.update(`${entry}\n`);
-    try {
-      hash.update(readFileSync(join(root, entry)));
-    } catch {
-      hash.update('a folder, or gone by now');
-    }
-  }
-  return hash.digest('hex');
-}
-
-/** The host in every state that is seen at a turn of the loop while `step` runs, the last one behind it. */
-async function momentsOf(root: string, step: Promise<unknown>): Promise<string[]> {
-  const moments: string[] = [];
-  let last = '';
-  let over = false;
-  const running = step.finally(() => {
-    over = true;
-  });
-  while (!over) {
-    const now = fingerprint(root);
-    if (now !== last) moments.push(copyOf(root));
-    last = now;
-    await setImmediate();
-  }
-  await running;
-  moments.push(copyOf(root));
-  return moments;
-}
 
 function read(volume: Volume, offset = 0, length = SIZE): Buffer {
   const request = new Io(offset, length);

@@ -1,0 +1,442 @@
+/** A standby that has blocks before its takeover: what is kept, what is dropped, and what a kill or a crash of the machine leaves. */
+import assert from 'node:assert/strict';
+import { existsSync, readFileSync, writeFileSync } from 'node:fs';
+import { describe, test } from 'node:test';
+import { ALLOCATION_DEPTH, Errno } from '../../../src/nbd/constants.js';
+import { LATER } from '../../../src/nbd/device.js';
+import { GuestDevice } from '../../../src/volume/faces.js';
+import { readIdentity } from '../../../src/volume/identity.js';
+import type { SourceChanges, Volume } from '../../../src/volume/volume.js';
+import {
+  ahead,
+  assertNothingStale,
+  BLOCKS,
+  blocksBut,
+  CONTEXT,
+  changed,
+  dirtyFile,
+  MOVE,
+  present,
+  ROUND,
+  rewrite,
+  tells,
+} from '../../support/pre-copy.js';
+import { failsWith, type HeldSource, Io, patterned, sparseFile, turns } from '../../support/volume.js';
+import {
+  afterKill,
+  afterReboot,
+  folderOf,
+  host,
+  momentsOf,
+  plainVolume,
+  proxiedVolume,
+  reopened,
+  SIZE,
+  sourceOf,
+} from '../../support/volumes.js';
+
+const B = 4096;
+
+describe('a standby that copies ahead', () => {
+  test('keeps what is fetched, and answers nothing from it', async () => {
+    const volume = await ahead();
+    const source = sourceOf(volume);
+    assert.equal(source.deliver(0, BLOCKS), Errno.OK);
+    assert.deepEqual(present(volume), blocksBut());
+    const guest = new GuestDevice(volume);
+    assert.equal(guest.readNow(0, B, Buffer.alloc(B), 0), LATER);
+    assert.equal(guest.zeroesNow(0, SIZE), 0);
+    const direct = guest.direct()!;
+    assert.deepEqual([direct.reads, direct.writes], [false, false]);
+    const request = new Io(0, SIZE);
+    guest.read(request);
+    assert.equal(request.errno, undefined);
+    assert.equal(source.through.length, 1);
+    rewrite(source, 3);
+    source.answerThrough();
+    assert.ok(request.payload.equals(source.content), 'as it is at the source now');
+    const status = Io.status(ALLOCATION_DEPTH, 0, SIZE);
+    guest.status(status);
+    assert.deepEqual(status.extents, [[SIZE, 2]]);
+    const write = Io.write(0, patterned(B));
+    guest.write(write);
+    assert.equal(write.errno, Errno.EPERM);
+  });
+
+  test('that only has rounds and does not fill keeps nothing that is fetched', async () => {
+    const volume = await ahead(host(), ROUND, false);
+    sourceOf(volume).deliver(0, BLOCKS);
+    assert.deepEqual(present(volume), []);
+  });
+
+  test('takes in nothing any more when it is closed, also not in the midst of it', async () => {
+    const volume = await ahead();
+    const source = sourceOf(volume);
+    const { epoch } = volume.store;
+    await volume.close();
+    assert.equal(source.deliver(0, BLOCKS, epoch), Errno.OK);
+    const again = await ahead();
+    await again.close();
+    assert.equal(await again.store.fillZeroes(again.store.epoch, 0, BLOCKS), Errno.OK);
+  });
+
+  test('at a refresh drops what the source changed, and what is on its way', async () => {
+    const volume = await ahead();
+    const source = sourceOf(volume);
+    source.deliver(0, 6);
+    const { epoch } = volume.store;
+    await volume.refresh(ROUND, { runs: [1, 3, 5, 8], cookie: ROUND + 1 });
+    assert.deepEqual(present(volume), [0, 3, 4]);
+    assert.equal(volume.preCopy!.cookie, ROUND + 1);
+    source.deliver(6, BLOCKS, epoch);
+    await source.deliverLater(6, BLOCKS, epoch);
+    await volume.store.fillZeroes(epoch, 6, BLOCKS);
+    assert.deepEqual(present(volume), [0, 3, 4]);
+    source.deliver(0, BLOCKS);
+    assert.deepEqual(present(volume), blocksBut());
+  });
+
+  test('what a thread is keeping when blocks are dropped does not count', async () => {
+    const volume = await ahead();
+    const source = sourceOf(volume);
+    const keeping = source.deliverLater(0, BLOCKS);
+    rewrite(source, 2);
+    await volume.refresh(ROUND, { runs: [2, 3], cookie: ROUND + 1 });
+    await keeping;
+    assert.deepEqual(present(volume), []);
+    source.deliver(0, BLOCKS);
+    assertNothingStale(volume, source.content, 'fetched again');
+  });
+
+  test('a refresh that is repeated changes nothing; of another round, or of everything, it is refused', async () => {
+    const volume = await ahead();
+    sourceOf(volume).deliver(0, BLOCKS);
+    const changes = { runs: [1, 2], cookie: ROUND + 1 };
+    await volume.refresh(ROUND, changes);
+    await volume.refresh(ROUND, changes);
+    assert.deepEqual(present(volume), blocksBut(1));
+    const refused: [number, SourceChanges][] = [
+      [ROUND, { runs: [3, 4], cookie: ROUND + 2 }],
+      [ROUND + 2, { runs: [3, 4], cookie: ROUND + 3 }],
+      [ROUND + 1, { runs: null, cookie: ROUND + 2 }],
+      [ROUND + 1, { runs: null, cookie: null }],
+    ];
+    for (const [from, each] of refused)
+      await assert.rejects(volume.refresh(from, each), failsWith('generation'));
+    assert.deepEqual([present(volume), volume.preCopy!.cookie], [blocksBut(1), ROUND + 1]);
+  });
+
+  test('a volume in another phase, or without rounds, refuses a refresh', async () => {
+    const changes = { runs: [], cookie: 2 };
+    await assert.rejects((await plainVolume()).refresh(1, changes), failsWith('phase'));
+    await assert.rejects((await proxiedVolume()).refresh(1, changes), failsWith('phase'));
+    const volume = await ahead();
+    tells(volume, { runs: [], cookie: ROUND });
+    await volume.takeover(5);
+    await assert.rejects(volume.refresh(ROUND, { runs: [], cookie: ROUND + 1 }), failsWith('phase'));
+  });
+});
+
+describe('a takeover', () => {
+  const lists: [name: string, changes: SourceChanges | null, left: number[]][] = [
+    [
+      'with the list of the round expected drops what is in it',
+      { runs: [0, 2, 8, 9], cookie: ROUND },
+      blocksBut(0, 1, 8),
+    ],
+    ['with an empty list drops nothing', { runs: [], cookie: ROUND }, blocksBut()],
+    ["with another round's list drops all", { runs: [0, 1], cookie: ROUND + 1 }, []],
+    ['with a list without a round drops all', { runs: [0, 1], cookie: null }, []],
+    ['with the word that all may have changed drops all', { runs: null, cookie: ROUND }, []],
+    ['of a source that does not tell drops all', { runs: null, cookie: null }, []],
+    ['that nobody can ask for it drops all', null, []],
+  ];
+  for (const [name, changes, left] of lists) {
+    test(name, async () => {
+      const root = host();
+      const volume = await ahead(root);
+      const source = sourceOf(volume);
+      source.deliver(0, BLOCKS);
+      assert.equal(await volume.store.commit(), Errno.OK);
+      if (changes !== null) tells(volume, changes);
+      assert.deepEqual(await volume.takeover(5), { generation: 5 });
+      assert.deepEqual(present(volume), left);
+      assert.equal(volume.preCopy, null);
+      assert.deepEqual(present(await reopened(afterReboot(root))), left, 'durable before it was answered');
+      // It goes on as any: what is here is read, the rest is fetched.
+      const request = new Io(0, SIZE);
+      volume.store.read(request);
+      source.deliverAll();
+      await turns();
+      if (request.errno === undefined) source.deliver(0, BLOCKS);
+      assert.equal(request.errno, Errno.OK);
+      assert.ok(request.payload.equals(source.content));
+    });
+  }
+
+  test('of a standby alone, by its first write, drops what the list says before the write', async () => {
+    const root = host();
+    const preCopy = { context: 'qemu:dirty-bitmap:x', cookie: null, fills: true };
+    const volume = await proxiedVolume(root, { arrival: null, preCopy });
+    const source = sourceOf(volume);
+    source.deliver(0, BLOCKS);
+    rewrite(source, 4);
+    tells(volume, { runs: [4, 5], cookie: null });
+    const write = Io.write(B, patterned(B, 9));
+    volume.store.write(write);
+    assert.equal(await write.done, Errno.OK);
+    assert.deepEqual([volume.phase, present(volume)], ['relocating', blocksBut(4)]);
+    patterned(B, 9).copy(source.content, B);
+    assertNothingStale(volume, source.content, 'after the first write');
+  });
+
+  test('whose list cannot be had fails, changes nothing, and can be made again', async () => {
+    const volume = await ahead();
+    sourceOf(volume).deliver(0, BLOCKS);
+    volume.askChanges = () => Promise.reject(Object.assign(new Error('gone')));
+    await assert.rejects(volume.takeover(5), /gone/);
+    assert.deepEqual([volume.phase, volume.generation, present(volume)], ['standby', 4, blocksBut()]);
+    tells(volume, { runs: [3, 4], cookie: ROUND });
+    await volume.takeover(5);
+    assert.deepEqual(present(volume), blocksBut(3));
+    volume.askChanges = () => assert.fail('it is asked once');
+    await volume.takeover(5);
+    assert.deepEqual(present(volume), blocksBut(3));
+  });
+
+  test('that a refresh overtakes between the question and its turn drops all', async () => {
+    const volume = await ahead();
+    sourceOf(volume).deliver(0, BLOCKS);
+    let answer: (changes: SourceChanges) => void = () => undefined;
+    volume.askChanges = () =>
+      new Promise((resolve) => {
+        answer = resolve;
+      });
+    const taken = volume.takeover(5);
+    await turns();
+    await volume.refresh(ROUND, { runs: [], cookie: ROUND + 1 });
+    answer({ runs: [], cookie: ROUND });
+    await taken;
+    assert.deepEqual(present(volume), []);
+  });
+
+  test('whose commit fails is none: nothing is kept on a guess', async () => {
+    const volume = await ahead();
+    sourceOf(volume).deliver(0, BLOCKS);
+    tells(volume, { runs: [], cookie: ROUND });
+    volume.store.image.sync = () => Promise.resolve(-5);
+    await assert.rejects(volume.takeover(5), failsWith('image-io'));
+    assert.equal(volume.phase, 'standby');
+    await assert.rejects(volume.close(), failsWith('image-io'));
+  });
+
+  test('begins to track the changes, so that the volume can go home, until it is taken back', async () => {
+    const root = host();
+    const volume = await ahead(root);
+    tells(volume, { runs: [], cookie: ROUND });
+    await volume.takeover(5);
+    assert.deepEqual([volume.store.dirty?.since, volume.store.dirty?.move], [4, null]);
+    sourceOf(volume).deliver(0, BLOCKS);
+    await volume.retreat();
+    assert.deepEqual([volume.phase, volume.store.dirty, volume.preCopy], ['standby', null, null]);
+    assert.ok(!existsSync(dirtyFile(root)));
+    assert.deepEqual(present(volume), []);
+    sourceOf(volume).deliver(0, BLOCKS);
+    assert.deepEqual(present(volume), [], 'nor is anything taken in from now on');
+    await volume.takeover(6);
+    assert.deepEqual([present(volume), volume.store.dirty?.since], [[], 5]);
+  });
+
+  test('tracks what the guest writes from the first write on, over the hand-off and a restart', async () => {
+    const root = host();
+    const volume = await ahead(root);
+    tells(volume, { runs: [], cookie: ROUND });
+    const source = sourceOf(volume);
+    await volume.takeover(5);
+    const write = Io.write(2 * B, patterned(B, 9));
+    volume.store.write(write);
+    assert.equal(await write.done, Errno.OK);
+    source.deliver(0, BLOCKS);
+    assert.equal(await volume.handOff(), true);
+    assert.equal(volume.store.writeNow(5 * B, 1, patterned(1), 0), Errno.OK);
+    await volume.close();
+    const again = await reopened(root);
+    assert.equal(again.store.dirty?.since, 4);
+    assert.equal((await again.track('home', 4)).home, true);
+    assert.deepEqual(changed(again), [2, 5]);
+  });
+});
+
+describe('killed or rebooted at any moment', () => {
+  /** What the source becomes while the standby copies, and what it tells of it. */
+  const REWRITTEN = [1, 2, 8];
+  const RUNS = [1, 3, 8, 9];
+
+  async function copied(root: string): Promise<{ volume: Volume; content: Buffer }> {
+    const volume = await ahead(root);
+    const source = sourceOf(volume);
+    source.deliver(0, BLOCKS);
+    assert.equal(await volume.store.commit(), Errno.OK);
+    rewrite(source, ...REWRITTEN);
+    return { volume, content: source.content };
+  }
+
+  test('a refresh: repeated, or with a takeover in its place, no stale block is here', async () => {
+    const root = host();
+    const { volume, content } = await copied(root);
+    const source = volume.store.supplier as HeldSource;
+    const refreshed = volume.refresh(ROUND, { runs: RUNS, cookie: ROUND + 1 });
+    // The copy goes on in the very step in which blocks were dropped.
+    const moments = await momentsOf(
+      root,
+      Promise.all([refreshed, turns(1).then(() => source.deliver(1, 3))]),
+    );
+    assert.ok(moments.length > 1);
+    for (const [index, moment] of moments.entries()) {
+      for (const leave of [afterKill, afterReboot]) {
+        for (const way of ['refreshed', 'taken over'] as const) {
+          const hint = `${leave.name} at ${index}, ${way}`;
+          const again = await reopened(leave(moment, root));
+          const { cookie } = again.preCopy!;
+          assert.ok(cookie === ROUND || cookie === ROUND + 1, hint);
+          if (leave === afterReboot) assert.deepEqual(present(again), [], hint);
+          else if (cookie === ROUND + 1) assertNothingStale(again, content, hint);
+          sourceOf(again); // of the old content: it must not be asked
+          const list = { runs: RUNS, cookie: ROUND + 1 };
+          if (way === 'refreshed') {
+            await again.refresh(ROUND, list);
+            assertNothingStale(again, content, hint);
+            assert.equal(again.preCopy!.cookie, ROUND + 1, hint);
+          }
+          tells(again, list);
+          await again.takeover(5);
+          assertNothingStale(again, content, hint);
+          await again.close();
+        }
+      }
+    }
+  });
+
+  test('a takeover: what is present under the new generation is what the source had', async () => {
+    const root = host();
+    const { volume, content } = await copied(root);
+    const list = { runs: RUNS, cookie: ROUND };
+    tells(volume, list);
+    const moments = await momentsOf(root, volume.takeover(5));
+    let before = 0;
+    for (const [index, moment] of moments.entries()) {
+      for (const leave of [afterKill, afterReboot]) {
+        const hint = `${leave.name} at ${index}`;
+        const left = leave(moment, root);
+        const again = await reopened(left);
+        if (again.phase === 'standby') {
+          before++;
+          assert.equal(again.store.dirty, null, hint);
+          assert.ok(!existsSync(dirtyFile(left)), hint);
+          if (leave === afterReboot) assert.deepEqual(present(again), [], hint);
+          tells(again, list);
+        } else {
+          assert.equal(again.phase, 'relocating');
+          assert.deepEqual(present(again), blocksBut(...REWRITTEN), hint);
+          assert.equal(again.store.dirty, null, 'a kill ends what home is told');
+        }
+        assertNothingStale(again, again.phase === 'standby' ? staleAllowed(again, content) : content, hint);
+        await again.takeover(5);
+        assertNothingStale(again, content, hint);
+        assert.equal(again.generation, 5, hint);
+        await again.close();
+      }
+    }
+    assert.ok(before > 0 && before < 2 * moments.length);
+  });
+
+  /** Before the takeover what the list names may be here as it was. */
+  function staleAllowed(volume: Volume, content: Buffer): Buffer {
+    const image = readFileSync(volume.store.image.path);
+    const allowed = Buffer.from(content);
+    for (const block of REWRITTEN) image.copy(allowed, block * B, block * B, Math.min((block + 1) * B, SIZE));
+    return allowed;
+  }
+
+  test('a standby that is closed in order keeps its blocks in this boot, and none over a reboot', async () => {
+    const root = host();
+    const { volume } = await copied(root);
+    await volume.close();
+    const same = await reopened(afterKill(root));
+    assert.deepEqual([present(same), same.preCopy!.cookie], [blocksBut(), ROUND]);
+    assert.deepEqual(present(await reopened(afterReboot(root))), []);
+  });
+
+  test('the dirty map of a source: marks of answered writes are there', async () => {
+    const root = host();
+    const volume = await plainVolume(root);
+    const { cookie } = await volume.track(MOVE, null);
+    volume.store.writeNow(B, B, patterned(B, 3), 0);
+    const next = (await volume.cut(MOVE, cookie)).cookie;
+    volume.store.writeNow(4 * B, 10, patterned(10, 3), 0);
+    const killed = await reopened(afterKill(root));
+    assert.deepEqual([changed(killed), killed.store.dirty!.cookie], [[1, 4], next]);
+    assert.equal((await killed.track(MOVE, null)).cookie, next, 'the move goes on');
+    const rebooted = await reopened(afterReboot(root));
+    assert.deepEqual([changed(rebooted), rebooted.store.dirty], [blocksBut(), null]);
+    await assert.rejects(rebooted.cut(MOVE, next), failsWith('generation'));
+    await killed.close();
+    await rebooted.close();
+  });
+});
+
+describe('a home standby', () => {
+  async function atHome(root: string): Promise<{ volume: Volume; image: string }> {
+    const image = sparseFile(SIZE, root);
+    writeFileSync(image, patterned(SIZE, 77), { flag: 'r+' });
+    const preCopy = { context: CONTEXT, cookie: ROUND, fills: false };
+    return { volume: await proxiedVolume(root, { image, home: true, preCopy }), image };
+  }
+
+  test('has all but what the source changed since', async () => {
+    const root = host();
+    const { volume } = await atHome(root);
+    const source = sourceOf(volume);
+    rewrite(source, 2, 3);
+    assert.deepEqual(present(volume), blocksBut());
+    const request = new Io(0, SIZE);
+    volume.store.read(request);
+    assert.equal(source.through.length, 1, 'nothing is read here before the takeover');
+    source.answerThrough();
+    tells(volume, { runs: [2, 4], cookie: ROUND });
+    await volume.takeover(5);
+    assert.deepEqual(present(volume), blocksBut(2, 3));
+    assertNothingStale(volume, source.content, 'at home');
+  });
+
+  test('is nobody’s image any more if its round is another', async () => {
+    const { volume } = await atHome(host());
+    tells(volume, { runs: [], cookie: ROUND + 7 });
+    await volume.takeover(5);
+    assert.deepEqual(present(volume), []);
+  });
+
+  test('after a reboot has nothing', async () => {
+    const root = host();
+    const { volume } = await atHome(root);
+    assert.equal(await volume.store.commit(), Errno.OK);
+    assert.deepEqual(present(await reopened(afterReboot(root))), []);
+  });
+
+  test('that is cancelled leaves the image, and no state', async () => {
+    const root = host();
+    const { volume, image } = await atHome(root);
+    const content = readFileSync(image);
+    await volume.cancel();
+    assert.ok(readFileSync(image).equals(content));
+    assert.equal(await readIdentity(folderOf(root)), undefined);
+  });
+
+  test('is not made of an image of another size', async () => {
+    const root = host();
+    const image = sparseFile(SIZE + 512, root);
+    const preCopy = { context: CONTEXT, cookie: ROUND, fills: false };
+    await assert.rejects(proxiedVolume(root, { image, home: true, preCopy }), failsWith('source-mismatch'));
+    assert.ok(existsSync(image));
+  });
+});
