@@ -53,6 +53,13 @@ describe('wrong usage ends with code 2', () => {
     [['host', '--config', '/nowhere/host.yaml'], /configuration \/nowhere\/host\.yaml cannot be read/],
     [['migrate', 'vm'], /a new move needs --to/],
     [['migrate', 'vm', '--resume', '--abort'], /cannot be used with/],
+    [['migrate', 'vm', '--to', 'x', '--switch', 'later'], /Allowed choices are now, hot, all/],
+    [['migrate', 'vm', '--to', 'x', '--pre-copy-limit', '0'], /write seconds/],
+    [['migrate', 'vm', '--to', 'x', '--compression', '20'], /--compression/],
+    [
+      ['proxy', 'nbd://h', 'b', '--pre-copy', 'qemu:dirty-bitmap:b'],
+      /--pre-copy is for a standby: give --standby/,
+    ],
   ];
   for (const [words, line] of LINES) {
     test(`blockferry ${words.join(' ')}`, async () => {
