@@ -56,7 +56,7 @@ export function parseSeconds(text: string): number {
   if (!/^\d+(\.\d+)?$/.test(text) || seconds <= 0 || seconds > 86_400) {
     throw new BlockferryError('usage', `"${text}" is no time: write seconds, more than 0 and at most 86400`);
   }
-  return Math.round(seconds * 1000);
+  return Math.max(1, Math.round(seconds * 1000));
 }
 
 /** A parser of whole numbers in `min..max`. It fails with 'usage'. */

@@ -62,6 +62,7 @@ describe('units', () => {
 
   test('seconds', () => {
     assert.equal(parseSeconds('2.5'), 2500);
+    assert.equal(parseSeconds('0.0001'), 1, 'never 0 ms');
     for (const text of ['0', '-1', 'x', '1e3', '', '100000']) {
       assert.throws(() => parseSeconds(text), { code: 'usage' }, text);
     }
