@@ -1,6 +1,7 @@
 import { Command, Option } from 'commander';
 import { BlockferryError } from '../errors.js';
 import type { Compression } from '../nbd/codec/frames.js';
+import { DIRTY, DIRTY_BITMAP } from '../nbd/constants.js';
 import { parseNbdUri } from '../nbd/uri.js';
 import type { BackgroundOrder } from '../relocation/background.js';
 import { clientOptions } from './clients.js';
@@ -74,6 +75,11 @@ export function proxyCommand(): Command {
     .addOption(logLevelOption())
     .action(async (sourceUri: string, disk: string, options: ProxyOptions) => {
       const { standby, preCopy: context } = options;
+      if (context === DIRTY || context === DIRTY_BITMAP)
+        throw new BlockferryError(
+          'usage',
+          `${context} is for \`blockferry migrate\`: --pre-copy takes a bitmap of QEMU's`,
+        );
       if (context !== undefined && !standby)
         throw new BlockferryError('usage', '--pre-copy is for a standby: give --standby as well');
       await runOneVolume('proxy', disk, options, {

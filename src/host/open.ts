@@ -46,8 +46,8 @@ export type OpenMode =
       compression?: Compression;
       /** See Identity. */
       preCopy?: PreCopy | null;
-      /** The image is the volume's own of an earlier stay. */
-      home?: boolean;
+      /** The image is the volume's own of an earlier stay: see ProxiedOptions. */
+      homeStamp?: string | null;
     }
   | { kind: 'resume' };
 
@@ -136,7 +136,7 @@ async function openVolume(options: OpenVolumeOptions): Promise<Volume> {
       ? {
           arrival: { volumeId: mode.volumeId, generation: mode.generation },
           preCopy: mode.preCopy ?? null,
-          home: mode.home ?? false,
+          homeStamp: mode.homeStamp ?? null,
         }
       : { arrival: null, preCopy: mode.preCopy ?? null }),
   });
@@ -312,11 +312,16 @@ class RunningVolume implements VolumeService {
   }
 
   async cancel(): Promise<RetreatProof> {
-    const proof = await this.volume.cancel();
-    this.#gone = true;
-    await this.relocation?.close();
-    await this.transactionLog?.close();
-    return proof;
+    try {
+      return await this.volume.cancel();
+    } finally {
+      // Also when the rest of it is left to the next opening.
+      if (this.volume.closed) {
+        this.#gone = true;
+        await this.relocation?.close();
+        await this.transactionLog?.close();
+      }
+    }
   }
 
   #relocating(): Relocation {

@@ -26,6 +26,8 @@ export interface Home {
   readonly id: string;
   readonly generation: number;
   readonly image: string;
+  /** Of the image: see Image.stamp. */
+  readonly stamp: string;
 }
 
 /** Null unless the image is known to be untouched since the volume was retired. */
@@ -33,7 +35,7 @@ export async function homeOf(stateDir: string, name: string): Promise<Home | nul
   const identity = await readIdentity(join(stateDir, name)).catch(() => undefined);
   if (identity?.phase !== 'retired' || identity.imageStamp === null) return null;
   const { id, generation, image, imageStamp } = identity;
-  return stampOfFile(image) === imageStamp ? { id, generation, image } : null;
+  return stampOfFile(image) === imageStamp ? { id, generation, image, stamp: imageStamp } : null;
 }
 
 /** The image is about to be written to: from now on, durably, it is no generation's. */

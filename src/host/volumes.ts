@@ -179,7 +179,7 @@ export class Volumes {
         throw new BlockferryError('no-space', `this daemon has ${VOLUMES_MAX} volumes and takes no more`);
       }
       const image = home?.image ?? request.image ?? freeImagePath(images, name, request.generation);
-      await this.receive(request, image, home !== null);
+      await this.receive(request, image, home?.stamp ?? null);
       return this.view(name);
     });
   }
@@ -246,7 +246,7 @@ export class Volumes {
     );
   }
 
-  private async receive(request: CreateVolume, image: string, home: boolean): Promise<void> {
+  private async receive(request: CreateVolume, image: string, homeStamp: string | null): Promise<void> {
     const { stateDir, images, record } = this.options;
     const { name, sourceUri, volumeId, generation, size, rateBytesPerSecond = null } = request;
     const { compression, preCopy: round = null } = request;
@@ -254,7 +254,7 @@ export class Volumes {
     this.entries.delete(name);
     await record.expectVolume(name, image, volumeId);
     try {
-      if (home) await giveUpHome(stateDir, name);
+      if (homeStamp !== null) await giveUpHome(stateDir, name);
       if ((await retiredId(stateDir, name)) !== null) setRetiredAside(stateDir, name);
       if (request.image === undefined && images !== null) mkdirSync(images, { recursive: true, mode: 0o700 });
       const mode = {
@@ -265,7 +265,7 @@ export class Volumes {
         size,
         rateBytesPerSecond,
         preCopy,
-        home,
+        homeStamp,
         ...(compression === undefined ? {} : { compression }),
       } as const;
       await this.openEntry(name, image, mode, new Occurrence());

@@ -82,7 +82,8 @@ export async function perform(step: StepName, context: StepContext): Promise<Ste
       break;
     case 'seal':
       // Sealed, the source waits for the destination's word: better to notice now that it gives none any more.
-      await Promise.all(plan.volumes.map((volume) => to.volume(volume.name)));
+      for (const view of await Promise.all(plan.volumes.map((volume) => to.volume(volume.name))))
+        checkLinked(view);
       await Promise.all(plan.volumes.map((volume) => from.seal(volume.name, volume.nextGeneration)));
       break;
     case 'takeover':
@@ -140,6 +141,17 @@ export async function perform(step: StepName, context: StepContext): Promise<Ste
   return { result, proofs };
 }
 
+/** A machine that moves now would wait for its disk. */
+function checkLinked(view: VolumeView): void {
+  if (view.phase === 'unavailable' || view.source === null) return;
+  const { state, error } = view.source;
+  if (state !== 'lost' && state !== 'mismatch') return;
+  throw new BlockferryError(
+    'source-unreachable',
+    `the destination's link to "${view.name}" is ${state}${error === null ? '' : `: ${error}`}`,
+  );
+}
+
 async function createVolumes({ plan, facts, from, to }: StepContext): Promise<void> {
   for (const [index, volume] of plan.volumes.entries()) {
     if (facts.volumes[index].destination !== 'absent') continue;
@@ -189,7 +201,7 @@ async function waitPreSwitchover(context: StepContext): Promise<void> {
       throw new BlockferryError('hypervisor', `the migration of "${plan.vm}" is ${info.status}${why}`);
     }
     if (signal.aborted) throw new BlockferryError('migration', 'interrupted while the memory was on its way');
-    await rounds?.refreshIfDue();
+    void rounds?.refreshIfDue();
   }
 }
 

@@ -20,6 +20,8 @@ const PROGRESS_MIN = 0.8;
 const STUCK_ROUNDS_MAX = 2;
 /** Of `hot`: what changed while it was copied is fetched once more. */
 const HOT_ROUNDS = 1;
+/** What passes when a host or a link is back. */
+const PASSING: ReadonlySet<string> = new Set(['control', 'timeout', 'source-unreachable', 'closed']);
 /** Between two looks at the destination. */
 const POLL_MS_MAX = 200;
 /** Between two rounds while the memory is on its way. */
@@ -31,7 +33,7 @@ export async function copyAhead(context: StepContext): Promise<void> {
   const deadline = performance.now() + plan.preCopyMsMax;
   for (let stuck = 0, before = Number.POSITIVE_INFINITY, round = 0; ; round++) {
     for (;;) {
-      const volumes = await rounds.views();
+      const volumes = await rounds.viewsPatiently();
       progress({ kind: 'pre-copy', volumes });
       if (performance.now() >= deadline) return;
       if (volumes.every((volume) => isReady(plan, volume))) break;
@@ -40,7 +42,7 @@ export async function copyAhead(context: StepContext): Promise<void> {
       await delay(Math.min(timing.pollMs, POLL_MS_MAX));
     }
     if (plan.switch === 'hot' && round >= HOT_ROUNDS) return;
-    const { changedBytes, leftBytesMax } = await rounds.refresh();
+    const { changedBytes, leftBytesMax } = await rounds.patiently(() => rounds.refresh());
     if (plan.switch === 'hot') continue;
     if (changedBytes <= leftBytesMax) return;
     stuck = changedBytes > before * PROGRESS_MIN ? stuck + 1 : 0;
@@ -59,12 +61,51 @@ export class Rounds {
   readonly #plan: MovePlan;
   readonly #from: HostControl;
   readonly #to: HostControl;
+  readonly #context: StepContext;
+  /** When a volume's copy was first seen to stand still. */
+  readonly #stoppedAtMs = new Map<string, number>();
   #refreshedAtMs = performance.now();
+  #refreshing = false;
 
-  constructor({ plan, from, to }: Pick<StepContext, 'plan' | 'from' | 'to'>) {
-    this.#plan = plan;
-    this.#from = from;
-    this.#to = to;
+  constructor(context: StepContext) {
+    this.#context = context;
+    this.#plan = context.plan;
+    this.#from = context.from;
+    this.#to = context.to;
+  }
+
+  /** A host that is out of reach for a while, or restarts, does not end a long copy. */
+  async patiently<Result>(act: () => Promise<Result>): Promise<Result> {
+    const { timing, progress, signal } = this.#context;
+    const deadline = performance.now() + timing.patienceMs;
+    for (;;) {
+      try {
+        return await act();
+      } catch (error) {
+        const passing = error instanceof BlockferryError && PASSING.has(error.code);
+        if (!passing || signal.aborted || performance.now() > deadline) throw error;
+        progress({ kind: 'waiting', why: error.message });
+        await delay(timing.retryDelayMs);
+      }
+    }
+  }
+
+  /** As `views`. Throws 'migration' where the copy has come to a stop. */
+  async viewsPatiently(): Promise<ServedVolume[]> {
+    const views = await this.patiently(() => this.views());
+    for (const { name, error, background } of views) {
+      if (error === null || background.state === 'running') this.#stoppedAtMs.delete(name);
+      else if (performance.now() - this.#since(name) > this.#context.timing.patienceMs)
+        throw new BlockferryError('migration', `the copy of "${name}" stands still: ${error}`);
+    }
+    return views;
+  }
+
+  #since(name: string): number {
+    const now = performance.now();
+    const since = this.#stoppedAtMs.get(name) ?? now;
+    this.#stoppedAtMs.set(name, since);
+    return since;
   }
 
   /** The destination's volumes, in the plan's order. */
@@ -82,7 +123,7 @@ export class Rounds {
   async refresh(): Promise<{ changedBytes: number; leftBytesMax: number }> {
     const sum = { changedBytes: 0, leftBytesMax: LEFT_BYTES_MAX };
     const views = await this.views();
-    await Promise.all(
+    const rounds = await Promise.allSettled(
       views.map(async ({ name, preCopy, background }) => {
         const known = preCopy?.cookie ?? null;
         if (known === null) return;
@@ -92,18 +133,22 @@ export class Rounds {
         sum.leftBytesMax += (background.rateBytesPerSecond * LEFT_MS_MAX) / 1000;
       }),
     );
+    for (const round of rounds) if (round.status === 'rejected') throw round.reason;
     this.#refreshedAtMs = performance.now();
     return sum;
   }
 
-  /** While the memory is on its way: so that little is left at the switch. Which works without as well, only more is left. */
+  /**
+   * While the memory is on its way: so that little is left at the switch. Which works without as well, and nobody waits for it: a machine that stands
+   * still must not.
+   */
   async refreshIfDue(): Promise<void> {
-    if (performance.now() - this.#refreshedAtMs < ROUND_MS_MIN) return;
-    try {
-      await this.refresh();
-    } catch (error) {
-      if (!(error instanceof BlockferryError)) throw error;
+    if (this.#refreshing || performance.now() - this.#refreshedAtMs < ROUND_MS_MIN) return;
+    this.#refreshing = true;
+    const done = (): void => {
       this.#refreshedAtMs = performance.now();
-    }
+      this.#refreshing = false;
+    };
+    await this.refresh().then(done, done);
   }
 }

@@ -34,6 +34,7 @@ const WANTED_MAX = 1024;
 const FAILURES_MAX = 4;
 /** So much is made durable at once, before the takeover. */
 const COMMIT_BYTES = 32 << 20;
+const UNCOMMITTED_BYTES_MAX = 4 * COMMIT_BYTES;
 /** Blocks that the guest has in hand are looked at again after so long. */
 const LOCKED_MS = 10;
 /** The rate shown is an average over about so long. */
@@ -79,6 +80,7 @@ export class Background {
   readonly #overwritten = new Overwritten();
   /** Came since the last commit, while copying ahead. */
   #uncommittedBytes = 0;
+  #committing = false;
   #paused = false;
   /** What failed last. */
   #error: string | null = null;
@@ -305,6 +307,7 @@ export class Background {
   #pump(): void {
     if (!this.#started || this.store.presence === null) return;
     for (;;) {
+      if (this.#ahead && this.#uncommittedBytes >= UNCOMMITTED_BYTES_MAX) return; // the disk is slower than the link
       const piece = this.#window.pieceBytes;
       if (this.#inFlightBytes > 0 && this.#inFlightBytes + piece > this.#allowance()) return;
       const run = this.#next();
@@ -458,7 +461,7 @@ export class Background {
       if (!this.#failedThisRound) this.#error = null;
       this.#window.answered(bytes, now - began, mark, full, now);
       this.#count(bytes, now);
-      if (this.#ahead) this.#commitNowAndThen(bytes);
+      if (this.#ahead) void this.#commitNowAndThen(bytes);
     } else if (errno === Errno.ESHUTDOWN) {
       return; // the link is closed
     } else {
@@ -468,11 +471,15 @@ export class Background {
   }
 
   /** A takeover commits what was copied ahead, while the machine stands still: there should be little left. */
-  #commitNowAndThen(bytes: number): void {
+  async #commitNowAndThen(bytes: number): Promise<void> {
     this.#uncommittedBytes += bytes;
-    if (this.#uncommittedBytes < COMMIT_BYTES) return;
-    this.#uncommittedBytes = 0;
-    void this.store.commit();
+    if (this.#committing || this.#uncommittedBytes < COMMIT_BYTES) return;
+    this.#committing = true;
+    const begun = this.#uncommittedBytes;
+    await this.store.commit();
+    this.#uncommittedBytes -= begun;
+    this.#committing = false;
+    this.#pump();
   }
 
   /** Something could not be copied; `why` in place of the source's fault, if it is not that. */

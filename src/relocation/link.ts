@@ -194,16 +194,19 @@ export class Link {
     return this.#ask((client) => heatFrom(client, offset, length));
   }
 
-  /** Likewise, what the source changed, in the context that it is known to tell that in. */
-  dirty(offset: number, length: number): Promise<Extent[] | null> {
+  /** Likewise, what the source changed, in the context that it is known to tell that in. `lane` demand: the machine waits for it. */
+  dirty(offset: number, length: number, lane: Lane): Promise<Extent[] | null> {
     const { dirtyContext = null } = this.options;
     if (dirtyContext === null) return Promise.resolve(null);
-    return this.#ask((client) => extentsFrom(client, dirtyContext, offset, length));
+    return this.#ask((client) => extentsFrom(client, dirtyContext, offset, length), lane);
   }
 
-  async #ask(question: (client: NbdClient) => Promise<Extent[] | null>): Promise<Extent[] | null> {
+  async #ask(
+    question: (client: NbdClient) => Promise<Extent[] | null>,
+    lane: Lane = 'bulk',
+  ): Promise<Extent[] | null> {
     for (let losses = 1, lostAtMs: number | null = null; ; losses++) {
-      const client = this.#pick('bulk') ?? (await this.#connected('bulk'));
+      const client = this.#pick(lane) ?? (await this.#connected(lane));
       try {
         const extents = await question(client);
         this.#useful.add(client);

@@ -13,6 +13,7 @@ import { DIRTY } from '../nbd/constants.js';
 import { BLOCK_BYTES, blockAt, blocksOf } from '../volume/blocks.js';
 import { DIRTY_COOKIE_UNIT, DirtyFlag } from '../volume/dirty-status.js';
 import type { SourceChanges } from '../volume/volume.js';
+import type { Lane } from './link.js';
 
 /** Of the source, asked about at once: as much as 32 bits of length can say, in whole blocks. */
 const STRETCH_BYTES = 2 ** 32 - BLOCK_BYTES;
@@ -23,7 +24,7 @@ export const RUNS_MAX = 1 << 20;
 export const CHANGES_TIMEOUT_MS = 10_000;
 
 export interface ChangesSource {
-  dirty(offset: number, length: number): Promise<Extent[] | null>;
+  dirty(offset: number, length: number, lane: Lane): Promise<Extent[] | null>;
 }
 
 export interface ChangesQuestion {
@@ -32,12 +33,19 @@ export interface ChangesQuestion {
   readonly context: string;
   /** Fails with 'phase' if the source tells that it is not. */
   readonly sealed: boolean;
-  readonly timeoutMs?: number;
+  /** Default: CHANGES_TIMEOUT_MS; null: as long as it takes. */
+  readonly timeoutMs?: number | null;
 }
+
+/** A cut that comes while the list is read spoils it: it is asked for again, so often. */
+const ATTEMPTS_MAX = 3;
 
 /** Rejects with what the link does, 'source-unreachable' when it takes too long, and 'phase'. */
 export async function changesOf(source: ChangesSource, question: ChangesQuestion): Promise<SourceChanges> {
   const { timeoutMs = CHANGES_TIMEOUT_MS } = question;
+  const asked = { over: false };
+  const list = askOften(source, question, asked);
+  if (timeoutMs === null) return list;
   let timer: NodeJS.Timeout | undefined;
   const late = new Promise<never>((_, reject) => {
     timer = setTimeout(() => {
@@ -49,27 +57,46 @@ export async function changesOf(source: ChangesSource, question: ChangesQuestion
       );
     }, timeoutMs);
   });
-  const list = ask(source, question);
   list.catch(() => undefined); // it may fail when nobody waits any more
   try {
     return await Promise.race([list, late]);
   } finally {
     clearTimeout(timer);
+    asked.over = true;
   }
 }
 
-async function ask(source: ChangesSource, question: ChangesQuestion): Promise<SourceChanges> {
+async function askOften(
+  source: ChangesSource,
+  question: ChangesQuestion,
+  asked: { readonly over: boolean },
+): Promise<SourceChanges> {
+  for (let attempt = 1; ; attempt++) {
+    const list = await ask(source, question, asked);
+    if (list !== 'mixed') return list;
+    if (attempt === ATTEMPTS_MAX) return { runs: null, cookie: null };
+  }
+}
+
+async function ask(
+  source: ChangesSource,
+  question: ChangesQuestion,
+  asked: { readonly over: boolean },
+): Promise<SourceChanges | 'mixed'> {
   const { size, context, sealed } = question;
+  const lane = sealed ? 'demand' : 'bulk';
   const rounds = context === DIRTY;
   const list = new ChangeList(size);
-  for (let offset = 0, stretch = STRETCH_BYTES_EXTENDED; offset < size; ) {
-    const extents = await source.dirty(offset, Math.min(stretch, size - offset)).catch((error: unknown) => {
-      // A source without extended headers takes no longer questions.
-      if (stretch === STRETCH_BYTES || !(error instanceof BlockferryError && error.code === 'bounds'))
-        throw error;
-      stretch = STRETCH_BYTES;
-      return undefined;
-    });
+  for (let offset = 0, stretch = STRETCH_BYTES_EXTENDED; offset < size && !asked.over; ) {
+    const extents = await source
+      .dirty(offset, Math.min(stretch, size - offset), lane)
+      .catch((error: unknown) => {
+        // A source without extended headers takes no longer questions.
+        if (stretch === STRETCH_BYTES || !(error instanceof BlockferryError && error.code === 'bounds'))
+          throw error;
+        stretch = STRETCH_BYTES;
+        return undefined;
+      });
     if (extents === undefined) continue;
     if (extents === null || extents.length === 0) return { runs: null, cookie: null };
     for (const { length, flags } of extents) {
@@ -80,21 +107,24 @@ async function ask(source: ChangesSource, question: ChangesQuestion): Promise<So
       offset += length;
     }
   }
-  return list.whole ? { runs: list.runs, cookie: list.cookie } : { runs: null, cookie: null };
+  if (list.mixed) return 'mixed';
+  return list.tracked ? { runs: list.runs, cookie: list.cookie } : { runs: null, cookie: null };
 }
 
 class ChangeList {
   /** Blocks: first, end, first, end, ... ascending. */
   readonly runs: number[] = [];
   cookie: number | null = null;
-  whole = true;
+  /** Of one round and another. */
+  mixed = false;
+  tracked = true;
 
   constructor(readonly size: number) {}
 
   inRound(cookie: number): void {
-    if (this.cookie !== null && this.cookie !== cookie) this.whole = false;
+    if (this.cookie !== null && this.cookie !== cookie) this.mixed = true;
     this.cookie = cookie;
-    if (cookie === 0) this.whole = false; // nobody tracks there
+    if (cookie === 0) this.tracked = false;
   }
 
   /** Bytes [from, to) changed. */

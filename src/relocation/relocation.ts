@@ -13,7 +13,7 @@ import type { SourceChanges, Volume } from '../volume/volume.js';
 import { Background, type BackgroundOrder } from './background.js';
 import { Fetcher } from './fetcher.js';
 import { LINK_TIMING, Link, type LinkTiming } from './link.js';
-import { changesOf } from './pre-copy.js';
+import { CHANGES_TIMEOUT_MS, changesOf } from './pre-copy.js';
 
 export interface RelocationTiming extends LinkTiming {
   /** How long the background copy stops after failures, and a hand-off that failed waits for its next attempt. */
@@ -98,7 +98,11 @@ export class Relocation {
 
   #follow(): void {
     if (this.#over) return;
-    const { store, phase, settled, preCopy } = this.volume;
+    const { store, phase, settled, preCopy, closed } = this.volume;
+    if (closed) {
+      this.background.stop();
+      return;
+    }
     if (phase === 'standby' && preCopy?.fills === true) {
       this.background.start(true);
       return;
@@ -142,9 +146,11 @@ export class Relocation {
   }
 
   #changes(sealed: boolean): Promise<SourceChanges> {
-    const { preCopy, size } = this.volume;
+    const { preCopy, size, identity } = this.volume;
     if (preCopy === null) return Promise.resolve({ runs: null, cookie: null });
-    return changesOf(this.link, { size, context: preCopy.context, sealed });
+    // A guest whose first write takes over waits for a lost source as its reads do; a coordinator turns back.
+    const timeoutMs = identity.current.takesOverAtWrite ? null : CHANGES_TIMEOUT_MS;
+    return changesOf(this.link, { size, context: preCopy.context, sealed, timeoutMs });
   }
 
   /** The source began a round that ends round `from`: what it changed is dropped here, and fetched again. Repeated it changes nothing. */

@@ -14,16 +14,20 @@ export const DIRTY_COOKIE_UNIT = 4;
 const STATUS_MS_MAX = 5;
 const LOOK_AFTER = 256;
 
-/** Adds the extents of the request's range. Without a map every block counts as dirty. `more`: flags of every extent besides. */
-export function reportDirty(request: StatusRequest, dirty: DirtyMap | null, more: number): void {
+/**
+ * Adds the extents of the request's range. Without a map every block counts as dirty. `round`: flags of every extent besides; null: it is asked what
+ * changed since tracking began, in whatever round.
+ */
+export function reportDirty(request: StatusRequest, dirty: DirtyMap | null, round: number | null): void {
   const past = request.offset + request.length;
   const end = blocksOf(past);
   const untilMs = performance.now() + STATUS_MS_MAX;
   let extents = 0;
+  const stretches = dirty?.stretches(end, round === null);
   for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
-    const stretch = dirty === null ? { dirty: true, end } : dirty.stretch(blockAt(at), end);
+    const stretch = stretches === undefined ? { dirty: true, end } : stretches(blockAt(at));
     const to = Math.min(stretch.end * BLOCK_BYTES, past);
-    request.extent(to - at, more + (stretch.dirty ? DirtyFlag.DIRTY : 0));
+    request.extent(to - at, (round ?? 0) + (stretch.dirty ? DirtyFlag.DIRTY : 0));
     at = to;
     if (extents % LOOK_AFTER === LOOK_AFTER - 1 && performance.now() > untilMs) return;
   }

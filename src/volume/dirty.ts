@@ -12,8 +12,8 @@
  *   holds, and again when it is over. A cut keeps the bits of ranges that are locked. So whoever reads a block after it was told of it, and is told
  *   nothing more of it, has its content; killed at any line, too much is told and never too little.
  * - What a cut takes out of `told` it was told one round ago: a cut names the round it ends, and only who has taken that round's list to heart may
- *   ask for it (relocation/pre-copy.ts). Asked again it changes nothing. Whoever missed a round finds another cookie than he expects, and must take
- *   every block for changed.
+ *   ask for it (relocation/pre-copy.ts). Asked again it changes nothing. A round's list, and the next one's, are whole for who knows that round; whoever
+ *   finds any other cookie must take every block for changed. A claim begins with a cookie drawn by lot, so that no other's rounds are taken for its own.
  * - `changed`, `told` and `before` together have every block that changed since generation `since`, if that is not 0.
  * - The file is memory of this boot. After a crash of the machine it counts for nothing: every block may have changed. Closed in order it is durable,
  *   with a checksum, and tells what the image was then; if somebody changed that meanwhile it counts for nothing either. After a kill nobody can tell
@@ -21,6 +21,7 @@
  */
 import { randomInt } from 'node:crypto';
 import { closeSync, constants, existsSync, fstatSync, fsyncSync, openSync, readSync, rmSync } from 'node:fs';
+import { open, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { crc32 } from 'node:zlib';
 import { BlockferryError } from '../errors.js';
@@ -32,13 +33,12 @@ const MAGIC = 'BFDIRTY1';
 const HEAD_BYTES = 4096;
 const PAGE_BYTES = 4096;
 // Head: 0 magic, 8 state, 12 crc32 of the maps when closed, 16 blocks (u64), 24 volume id (36), 64 boot id (36), 104 since (u64), 112 cookie,
-// 116 cookie of the round before, 120 whether the move came home, 124 length of the move's id, 128 the move's id, 256 the image's stamp
+// 120 whether the move came home, 124 length of the move's id, 128 the move's id, 256 the image's stamp
 const STATE_AT = 8;
 const CRC_AT = 12;
 const BOOT_AT = 64;
 const SINCE_AT = 104;
 const COOKIE_AT = 112;
-const BEFORE_AT = 116;
 const HOME_AT = 120;
 const MOVE_BYTES_AT = 124;
 const MOVE_AT = 128;
@@ -54,6 +54,11 @@ const NO_COOKIE = 0;
 export interface Blocks {
   readonly first: number;
   readonly end: number;
+}
+
+/** The cookie of the round behind this one. */
+export function nextRound(cookie: number): number {
+  return (cookie % COOKIE_MAX) + 1;
 }
 
 export interface DirtyOwner {
@@ -91,7 +96,7 @@ export class DirtyMap {
 
   /** A map in which nothing has changed since the image's `since` (0: no generation that anybody has). An old file is replaced. */
   static async create(folder: string, owner: DirtyOwner, since: number): Promise<DirtyMap> {
-    DirtyMap.remove(folder);
+    await DirtyMap.remove(folder);
     const path = join(folder, FILE);
     const fd = openSync(path, constants.O_RDWR | constants.O_CREAT | constants.O_TRUNC, 0o600);
     try {
@@ -121,7 +126,7 @@ export class DirtyMap {
       if (map.#isTrusted(stamp)) return map;
       map.unmap();
     }
-    DirtyMap.remove(folder);
+    rmSync(path, { force: true }); // a crash may bring it back, and it will be trusted as little then
     return null;
   }
 
@@ -203,7 +208,11 @@ export class DirtyMap {
    * changed since. Asked again by the same move nothing changes. Another move's rounds are over.
    */
   claim(move: string, since: number | null, locked: Iterable<Blocks>): Tracking {
-    if (this.move === move) return { cookie: this.cookie, home: this.#head.readUInt32BE(HOME_AT) === 1 };
+    if (this.move === move) {
+      const home = this.#head.readUInt32BE(HOME_AT) === 1;
+      if (home) native.orInto(this.#changed, this.#before); // rounds that nobody may have heard of
+      return { cookie: this.cookie, home };
+    }
     if (Buffer.byteLength(move) > MOVE_BYTES_MAX)
       throw new BlockferryError('usage', `a move's name has at most ${MOVE_BYTES_MAX} bytes`);
     this.release();
@@ -211,13 +220,12 @@ export class DirtyMap {
     if (home) native.orInto(this.#changed, this.#before);
     else {
       native.orInto(this.#before, this.#changed);
-      this.#changed.fill(0);
+      clear(this.#changed);
       for (const { first, end } of locked) this.mark(first, end);
     }
     const bytes = this.#head.write(move, MOVE_AT, MOVE_BYTES_MAX, 'utf8');
     this.#head.writeUInt32BE(bytes, MOVE_BYTES_AT);
     this.#head.writeUInt32BE(Number(home), HOME_AT);
-    this.#head.writeUInt32BE(NO_COOKIE, BEFORE_AT);
     this.#head.writeUInt32BE(randomInt(1, COOKIE_MAX + 1), COOKIE_AT);
     return { cookie: this.cookie, home };
   }
@@ -227,8 +235,8 @@ export class DirtyMap {
    * cookie. `locked`: ranges that threads are changing. Throws 'generation' if the round is another.
    */
   cut(move: string, cookie: number, locked: Iterable<Blocks>): number {
-    if (this.move === move && cookie !== NO_COOKIE && this.#head.readUInt32BE(BEFORE_AT) === cookie)
-      return this.cookie;
+    const next = nextRound(cookie);
+    if (this.move === move && this.cookie === next) return next;
     if (this.move !== move || this.cookie !== cookie) {
       throw new BlockferryError(
         'generation',
@@ -237,11 +245,10 @@ export class DirtyMap {
     }
     // Killed in here: the bits are in both, or in `told` alone under the next round's cookie.
     native.orInto(this.#before, this.#changed);
-    this.#told.set(this.#changed);
-    const next = 1 + ((cookie + randomInt(1, COOKIE_MAX - 1)) % COOKIE_MAX);
-    this.#head.writeUInt32BE(cookie, BEFORE_AT);
+    clear(this.#told);
+    native.orInto(this.#told, this.#changed);
     this.#head.writeUInt32BE(next, COOKIE_AT);
-    this.#changed.fill(0);
+    clear(this.#changed);
     for (const { first, end } of locked) this.mark(first, end);
     return next;
   }
@@ -249,22 +256,30 @@ export class DirtyMap {
   /** No move copies any more. What home has to know stays. */
   release(): void {
     this.#head.writeUInt32BE(NO_COOKIE, COOKIE_AT);
-    this.#told.fill(0); // `before` has it
+    clear(this.#told); // `before` has it
   }
 
-  /** Whether a block of [first, end) is told as changed, and up to where the answer is the same for all. */
-  stretch(block: number, end: number): { dirty: boolean; end: number } {
-    const dirty = isSet(this.#changed, block) || isSet(this.#told, block);
-    if (!dirty) {
-      const next = native.nextOne(this.#changed, block, end);
-      return { dirty, end: native.nextOne(this.#told, block, next) };
-    }
-    let at = block;
-    for (let next = at; ; at = next) {
-      next = native.nextZero(this.#changed, at, end);
-      next = next < end ? native.nextZero(this.#told, next, end) : next;
-      if (next === at || next === end) return { dirty, end: next };
-    }
+  /**
+   * For ascending blocks of [.., end), in one step: whether a block is told as changed, and up to where the answer is the same. Each map is scanned once,
+   * however its runs lie. `ever`: since tracking began, in whatever round.
+   */
+  stretches(end: number, ever = false): (block: number) => { dirty: boolean; end: number } {
+    const maps = ever ? [this.#changed, this.#told, this.#before] : [this.#changed, this.#told];
+    const ones = maps.map(() => -1);
+    return (block) => {
+      let one = end;
+      for (const [index, map] of maps.entries()) {
+        if (ones[index]! < block) ones[index] = native.nextOne(map, block, end);
+        one = Math.min(one, ones[index]!);
+      }
+      if (one > block) return { dirty: false, end: one };
+      let at = block;
+      for (let before = -1; at > before && at < end; ) {
+        before = at;
+        for (const map of maps) if (at < end) at = native.nextZero(map, at, end);
+      }
+      return { dirty: true, end: at };
+    };
   }
 
   /** Blocks that changed in this round so far. */
@@ -272,12 +287,13 @@ export class DirtyMap {
     return native.countOnes(this.#changed, 0, this.blocks);
   }
 
-  /** Closed in order, durably: the next process may trust it if the image's stamp is still this one. Null: the image has none. */
+  /** Closed in order, durably: the next process may trust it if the image's stamp is still this one. Null: the image has none, nobody may. */
   close(stamp: string | null): void {
+    this.#setState(State.INVALID);
     try {
       if (stamp !== null) this.#closeDurably(stamp);
     } catch {
-      // It stays marked as open, and counts for less the next time.
+      this.#setState(State.INVALID);
     } finally {
       this.unmap();
     }
@@ -315,23 +331,28 @@ export class DirtyMap {
   }
 
   /** Removes the file, so that no crash brings it back as one that can be trusted. */
-  static remove(folder: string): void {
+  static async remove(folder: string): Promise<void> {
     const path = join(folder, FILE);
     if (!existsSync(path)) return;
-    const fd = openSync(path, 'r+');
+    const file = await open(path, 'r+');
     try {
-      const head = Buffer.alloc(4);
-      native.pwrite(fd, head, 0, head.length, STATE_AT);
-      fsyncSync(fd);
+      await file.write(Buffer.alloc(4), 0, 4, STATE_AT);
+      await file.datasync();
     } finally {
-      closeSync(fd);
+      await file.close();
     }
-    rmSync(path, { force: true });
+    await rm(path, { force: true });
   }
 }
 
-function isSet(map: Uint8Array, block: number): boolean {
-  return (map[block >>> 3]! & (1 << (block & 7))) !== 0;
+/** Pages that have nothing to lose are not written. */
+function clear(map: Uint8Array): void {
+  const bits = map.length * 8;
+  for (let bit = native.nextOne(map, 0, bits); bit < bits; ) {
+    const page = Math.floor(bit / 8 / PAGE_BYTES) * PAGE_BYTES;
+    map.fill(0, page, page + PAGE_BYTES);
+    bit = native.nextOne(map, Math.min(bits, (page + PAGE_BYTES) * 8), bits);
+  }
 }
 
 function headFor({ id, blocks }: DirtyOwner): Buffer {

@@ -169,7 +169,7 @@ export class LinkDevice implements BlockDevice {
 function statusOf(volume: Volume, request: StatusRequest): void {
   const { context } = request;
   if (context === HEAT) reportHeat(request, volume.heat);
-  else if (context === DIRTY_BITMAP) reportDirty(request, volume.store.dirty, 0);
+  else if (context === DIRTY_BITMAP) reportDirty(request, volume.store.dirty, null);
   else if (context === DIRTY) reportDirty(request, volume.store.dirty, roundOf(volume));
   else {
     volume.store.status(request);

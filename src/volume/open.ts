@@ -151,13 +151,13 @@ export interface ProxiedOptions {
   arrival: { volumeId: string; generation: number } | null;
   /** See Identity. */
   preCopy?: Identity['preCopy'];
-  /** The image is this volume's of an earlier stay, and all that the source did not change since is in it. */
-  home?: boolean;
+  /** The image is this volume's of an earlier stay, and all that the source did not change since is in it, while its stamp is still this one. */
+  homeStamp?: string | null;
 }
 
 /** A new volume whose blocks are all at its source. The image is created sparse; a block device is used as it is. */
 export async function createProxied(options: ProxiedOptions): Promise<Volume> {
-  const { stateDir, name, arrival, preCopy = null, home = false } = options;
+  const { stateDir, name, arrival, preCopy = null, homeStamp = null } = options;
   checkName(name);
   checkSize(options.size);
   await refuseForeignImage(stateDir, name, options.image);
@@ -168,9 +168,10 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
       `there is a volume ${name} in ${stateDir} already: choose another name`,
     );
   }
-  const { image, created } = home
-    ? { image: imageOfSize(options.image, options.size), created: false }
-    : await imageFor(options.image, options.size);
+  const { image, created } =
+    homeStamp !== null && preCopy !== null
+      ? { image: imageAtHome(options.image, homeStamp), created: false }
+      : await imageFor(options.image, options.size);
   if (image.blockDevice) {
     // A file that holds data was refused already; what a device holds cannot be told.
     try {
@@ -195,7 +196,7 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
     };
     await makeFolder(folder);
     presence = await Presence.create(folder, identity, blocksOf(image.size));
-    if (home) presence.set(0, presence.blocks);
+    if (homeStamp !== null) presence.set(0, presence.blocks);
     const file = new IdentityFile(folder, identity, { stored: false });
     await file.update({});
     return new Volume(file, image, presence);
@@ -207,11 +208,12 @@ export async function createProxied(options: ProxiedOptions): Promise<Volume> {
   }
 }
 
-function imageOfSize(path: string, size: number): Image {
+/** Locked first, then looked at: nobody changes it any more. The stamp tells its size as well. */
+function imageAtHome(path: string, stamp: string): Image {
   const image = Image.open(path);
-  if (image.size === size) return image;
+  if (image.stamp === stamp) return image;
   image.close();
-  throw new BlockferryError('source-mismatch', `${path} has ${image.size} bytes, the source has ${size}`);
+  throw new BlockferryError('state-mismatch', `somebody changed ${path} since the volume left it here`);
 }
 
 async function imageFor(path: string, size: number): Promise<{ image: Image; created: boolean }> {
@@ -323,17 +325,16 @@ async function reopenKnown(
         `image ${known.image} has ${image.size} bytes, volume ${known.name} has ${known.size}: restore the image, or remove ${folder}`,
       );
     }
-    if (hasMaps(known.phase)) presence = await Presence.recover(folder, known, blocksOf(image.size));
-    else Presence.removeFiles(folder); // a hand-off that died before its last act
     const file = new IdentityFile(folder, known, { stored: true });
-    if (known.phase === 'standby' && presence !== null && !presence.survived) {
-      // What it kept may be stale, and the source tells only what changed since: that is known in the live map alone.
+    // What it kept may be stale, and the source tells only what changed since: that is known in the live map alone. Durable before a live map is made.
+    if (known.phase === 'standby' && !Presence.isLive(folder, known, blocksOf(image.size)))
       await file.update({ mapEpoch: known.mapEpoch + 1 });
-      presence.drop(file.current.mapEpoch);
-    }
+    if (hasMaps(known.phase)) presence = await Presence.recover(folder, file.current, blocksOf(image.size));
+    else Presence.removeFiles(folder); // a hand-off that died before its last act
     if (known.phase === 'standby')
-      DirtyMap.remove(folder); // of a takeover that died before it was one
-    else dirty = DirtyMap.open(folder, { id: known.id, blocks: blocksOf(image.size) }, image.stamp);
+      await DirtyMap.remove(folder); // of a takeover that died before it was one
+    else if (!image.readOnly)
+      dirty = DirtyMap.open(folder, { id: known.id, blocks: blocksOf(image.size) }, image.stamp);
     const volume = new Volume(file, image, presence, dirty);
     await volume.heatFile.load();
     try {

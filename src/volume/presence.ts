@@ -34,8 +34,6 @@ export class Presence {
   readonly #changed: Uint8Array;
   #anyChanged = false;
   #present: number;
-  /** The live map was there, as it was when the last process of this boot let go of it. */
-  survived = false;
 
   private constructor(
     private readonly folder: string,
@@ -62,6 +60,15 @@ export class Presence {
     live.validate(tag);
     await syncFolder(folder);
     return new Presence(folder, blocks, live, durable, tag);
+  }
+
+  /** Whether presence.live is this boot's, and has this epoch's bits. */
+  static isLive(folder: string, identity: PresenceIdentity, blocks: number): boolean {
+    const tag = { volumeId: identity.id, bootId: bootId(), blocks, epoch: identity.mapEpoch };
+    const found = LiveMap.open(join(folder, LIVE_FILE), tag);
+    if (!(found instanceof LiveMap)) return false;
+    found.close();
+    return true;
   }
 
   /** The maps of a volume that was open before. Throws 'state-damaged' where they cannot be trusted. */
@@ -115,7 +122,6 @@ export class Presence {
       bits.fill(0);
     }
     const presence = new Presence(folder, blocks, live, durable, tag);
-    presence.survived = true;
     const pageBytes = PAGE_BITS / 8;
     for (let page = 0; page < presence.#changed.length; page++) {
       const from = page * pageBytes;

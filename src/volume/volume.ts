@@ -8,7 +8,7 @@
  * - Taking over raises the generation and makes this the only writer in one durable step. The first guest write is answered
  *   only after `written` is durable, so that a retreat never throws an answered write away.
  * - A takeover of a standby that holds blocks already first drops those that the source changed, as it told when it was sealed, and commits: what is
- *   present under the new generation is what the source had. A list that is not of the round expected drops all.
+ *   present under the new generation is what the source had. A list that is of neither the round known here nor the next one drops all.
  * - The takeover by a coordinator begins to track changes (dirty.ts), so that the volume can go home.
  * - seal: gate closed -> no thread changes the image -> image durable -> phase durable -> answered.
  * - hand-off: all blocks here -> image and maps durable -> phase `plain` durable -> maps deleted.
@@ -20,7 +20,7 @@ import { BlockferryError } from '../errors.js';
 import { Errno } from '../nbd/constants.js';
 import { BLOCK_BYTES } from './blocks.js';
 import { bootId } from './boot.js';
-import { DirtyMap, type Tracking } from './dirty.js';
+import { DirtyMap, nextRound, type Tracking } from './dirty.js';
 import { syncFolder } from './files.js';
 import { Heat } from './heat.js';
 import { HeatFile } from './heat-file.js';
@@ -262,7 +262,7 @@ export class Volume {
         await this.#change({ phase: 'retired', imageStamp });
       }
       await this.heatFile.remove();
-      this.#endTracking();
+      await this.#endTracking();
       if (options.deleteImage && !this.store.image.blockDevice) await this.#deleteImage();
     });
   }
@@ -301,7 +301,7 @@ export class Volume {
       const { dirty } = this.store;
       if (dirty === null || dirty.move !== move) return;
       dirty.release();
-      if (dirty.since === 0) this.#endTracking();
+      if (dirty.since === 0) await this.#endTracking();
     });
   }
 
@@ -309,10 +309,10 @@ export class Volume {
     return DirtyMap.create(this.identity.folder, { id: this.id, blocks: this.store.blocks }, since);
   }
 
-  #endTracking(): void {
+  async #endTracking(): Promise<void> {
     this.store.dirty?.unmap();
     this.store.dirty = null;
-    DirtyMap.remove(this.identity.folder);
+    await DirtyMap.remove(this.identity.folder);
   }
 
   // Destination side
@@ -328,8 +328,14 @@ export class Volume {
         // Without a coordinator nobody will ask for a retreat, and nobody says later that the machine runs here.
         const written = this.identity.current.takesOverAtWrite;
         await this.#forget(changes);
-        const dirty = await this.#startTracking(this.generation);
-        await this.identity.update({ phase: 'relocating', generation, written, preCopy: null });
+        // Without room for it the volume moves all the same; it cannot go home with only what changed then.
+        const dirty = await this.#startTracking(this.generation).catch(() => null);
+        try {
+          await this.identity.update({ phase: 'relocating', generation, written, preCopy: null });
+        } catch (error) {
+          dirty?.unmap();
+          throw error;
+        }
         this.store.dirty = dirty;
         this.#enter();
         this.store.retryParked();
@@ -341,7 +347,7 @@ export class Volume {
   /** Asked for before the volume's turn: a source that does not answer holds up nothing else. */
   async #changesAtTakeover(): Promise<SourceChanges | null> {
     if (this.phase !== 'standby' || this.preCopy === null) return null;
-    if (this.askChanges === null) return { runs: null, cookie: null };
+    if (this.askChanges === null || this.store.presence?.present === 0) return null; // nothing is known to be good
     return this.askChanges();
   }
 
@@ -349,7 +355,9 @@ export class Volume {
   async #forget(changes: SourceChanges | null): Promise<void> {
     const { preCopy } = this;
     if (preCopy === null) return;
-    const known = changes !== null && changes.cookie === preCopy.cookie;
+    const { cookie } = preCopy;
+    const rounds: (number | null)[] = cookie === null ? [null] : [cookie, nextRound(cookie)];
+    const known = changes !== null && rounds.includes(changes.cookie);
     this.store.drop(known ? changes.runs : null);
     if ((await this.store.commit()) !== Errno.OK) throw this.store.failure;
   }
@@ -365,7 +373,7 @@ export class Volume {
         throw new BlockferryError('phase', `volume ${this.name} is ${phase} and copies nothing ahead`);
       const { runs, cookie } = changes;
       if (preCopy.cookie === cookie) return;
-      if (preCopy.cookie !== from || runs === null) {
+      if (preCopy.cookie !== from || cookie !== nextRound(from) || runs === null) {
         throw new BlockferryError(
           'generation',
           `volume ${this.name} knows round ${preCopy.cookie}, not ${from}: what follows that one says nothing`,
@@ -414,7 +422,7 @@ export class Volume {
       await this.store.serially(async () => {
         this.store.presence?.drop(epoch);
         this.store.epoch++;
-        this.#endTracking();
+        await this.#endTracking();
         this.#enter();
       });
       this.store.retryParked();
@@ -460,7 +468,12 @@ export class Volume {
       // rest is done at its opening.
       await this.identity.update({ openBootId: null });
       await this.heatFile.remove();
-      await this.store.serially(async () => this.store.presence?.discard());
+      await this.store.serially(async () => {
+        const { presence } = this.store;
+        this.store.presence = null;
+        await presence?.discard();
+      });
+      await DirtyMap.remove(this.identity.folder); // of a takeover that failed
       if (this.identity.current.imageCreated) await this.#deleteImage();
       await this.identity.remove();
       this.store.image.close();
@@ -485,6 +498,7 @@ export class Volume {
     this.store.keeps = false; // ends a long fill of zeros between two of its steps
     this.store.prefills = false;
     this.store.setGate(CLOSED);
+    this.onChange?.(); // who copies stops before the maps go
     this.store.giveUp(0, this.store.blocks, Errno.ESHUTDOWN);
     await this.store.idle();
   }

@@ -67,7 +67,10 @@ test('aborted, killed, moved and brought home: a guest that works all the time l
 
   // The destination's daemon dies between a cut and its list; what was copied is still there, and the move goes on.
   const listening = lab.listenAt('b');
-  const moved = await lab.migrateWith((_from, to) => strikeBefore(to, 'refresh', () => lab.restart('b')), 'all');
+  const moved = await lab.migrateWith(
+    (_from, to) => strikeBefore(to, 'refresh', () => lab.restart('b')),
+    'all',
+  );
   assert.equal(moved.outcome, 'moved', moved.why ?? '');
   await listening;
   await monitor.progress('b', { count: 30, records: 30 });

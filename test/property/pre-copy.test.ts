@@ -23,7 +23,7 @@ import {
 } from '../support/volumes.js';
 
 const MOVE = 'move-1';
-const RUNS = Number(process.env.BLOCKFERRY_PRE_COPY_RUNS ?? 150);
+const RUNS = Number(process.env.BLOCKFERRY_PRE_COPY_RUNS ?? 60);
 const BLOCKS = blocksOf(SIZE);
 
 type Step = readonly [
@@ -326,7 +326,7 @@ for (const home of [false, true]) {
           }
         },
       ),
-      { numRuns: RUNS },
+      { numRuns: RUNS, endOnFailure: true },
     );
     assert.ok(present > all / 20, `next to nothing was ever present: ${present} of ${all}`);
   });

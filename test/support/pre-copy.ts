@@ -34,7 +34,7 @@ export function blocksBut(...gone: number[]): number[] {
 export function changed(volume: Volume): number[] {
   const { dirty } = volume.store;
   return Array.from({ length: BLOCKS }, (_, block) => block).filter(
-    (block) => dirty?.stretch(block, block + 1).dirty ?? true,
+    (block) => dirty?.stretches(block + 1)(block).dirty ?? true,
   );
 }
 

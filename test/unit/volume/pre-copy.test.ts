@@ -6,6 +6,7 @@ import { ALLOCATION_DEPTH, Errno } from '../../../src/nbd/constants.js';
 import { LATER } from '../../../src/nbd/device.js';
 import { GuestDevice } from '../../../src/volume/faces.js';
 import { readIdentity } from '../../../src/volume/identity.js';
+import { stampOfFile } from '../../../src/volume/image.js';
 import type { SourceChanges, Volume } from '../../../src/volume/volume.js';
 import {
   ahead,
@@ -145,7 +146,12 @@ describe('a takeover', () => {
       blocksBut(0, 1, 8),
     ],
     ['with an empty list drops nothing', { runs: [], cookie: ROUND }, blocksBut()],
-    ["with another round's list drops all", { runs: [0, 1], cookie: ROUND + 1 }, []],
+    [
+      "with the next round's list drops what that names: it has this one's as well",
+      { runs: [0, 1], cookie: ROUND + 1 },
+      blocksBut(0),
+    ],
+    ["with another round's list drops all", { runs: [0, 1], cookie: ROUND + 2 }, []],
     ['with a list without a round drops all', { runs: [0, 1], cookie: null }, []],
     ['with the word that all may have changed drops all', { runs: null, cookie: ROUND }, []],
     ['of a source that does not tell drops all', { runs: null, cookie: null }, []],
@@ -390,7 +396,7 @@ describe('a home standby', () => {
     const image = sparseFile(SIZE, root);
     writeFileSync(image, patterned(SIZE, 77), { flag: 'r+' });
     const preCopy = { context: CONTEXT, cookie: ROUND, fills: false };
-    return { volume: await proxiedVolume(root, { image, home: true, preCopy }), image };
+    return { volume: await proxiedVolume(root, { image, homeStamp: stampOfFile(image), preCopy }), image };
   }
 
   test('has all but what the source changed since', async () => {
@@ -432,11 +438,13 @@ describe('a home standby', () => {
     assert.equal(await readIdentity(folderOf(root)), undefined);
   });
 
-  test('is not made of an image of another size', async () => {
+  test('is not made of an image that somebody changed', async () => {
     const root = host();
-    const image = sparseFile(SIZE + 512, root);
+    const image = sparseFile(SIZE, root);
     const preCopy = { context: CONTEXT, cookie: ROUND, fills: false };
-    await assert.rejects(proxiedVolume(root, { image, home: true, preCopy }), failsWith('source-mismatch'));
+    const homeStamp = stampOfFile(image);
+    writeFileSync(image, 'x', { flag: 'r+' });
+    await assert.rejects(proxiedVolume(root, { image, homeStamp, preCopy }), failsWith('state-mismatch'));
     assert.ok(existsSync(image));
   });
 });

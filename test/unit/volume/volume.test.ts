@@ -267,6 +267,7 @@ describe('hand-off', () => {
       const flush = new Io(0, 0);
       volume.store.flush(flush);
       requests.push(write, flush);
+      await write.done; // of two at once nobody says which is first
       await turns(1);
     }
     await handed;
