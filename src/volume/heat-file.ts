@@ -16,6 +16,7 @@ import { open, readFile, rename, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { crc32 } from 'node:zlib';
 import { nextOne } from '../native/index.js';
+import { eachSecond } from './each-second.js';
 import { HEAT_HEAD_BYTES, type Heat } from './heat.js';
 
 const FILE = 'heat';
@@ -27,7 +28,6 @@ const CRC_BYTES = 4;
 /** Of chunks that are copied and written in one step. */
 const PIECE_CHUNKS = 64;
 
-const SWEEP_INTERVAL_MS = 1_000;
 const SAVE_SWEEPS = 60;
 
 /** What must be the same for the counts to be this volume's. */
@@ -36,16 +36,13 @@ export interface HeatOwner {
   readonly size: number;
 }
 
-/** Those that are started: one timer wakes this thread for all of them. */
-const started = new Set<HeatFile>();
-let timer: NodeJS.Timeout | undefined;
-
 export class HeatFile {
   readonly #path: string;
   #savedCount: number;
   #last: Promise<void> = Promise.resolve();
   #removed = false;
   #sweeps = 0;
+  #end: (() => void) | undefined;
 
   constructor(
     folder: string,
@@ -60,10 +57,7 @@ export class HeatFile {
 
   /** Decays the heat and saves it now and then, until `stop`. */
   start(): void {
-    started.add(this);
-    timer ??= setInterval(() => {
-      for (const file of started) file.#sweep();
-    }, SWEEP_INTERVAL_MS).unref();
+    this.#end ??= eachSecond(() => this.#sweep());
   }
 
   #sweep(): void {
@@ -72,10 +66,8 @@ export class HeatFile {
   }
 
   stop(): void {
-    started.delete(this);
-    if (started.size > 0) return;
-    clearInterval(timer);
-    timer = undefined;
+    this.#end?.();
+    this.#end = undefined;
   }
 
   /** Takes over what an earlier process kept, if it is whole and of this volume. */
