@@ -1,15 +1,24 @@
 /** The two devices a volume is served as. What a phase allows is asked at each request: sessions outlive phases. */
-import { ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY, DIRTY_BITMAP, Errno, HEAT } from '../nbd/constants.js';
+import {
+  ALLOCATION_DEPTH,
+  BASE_ALLOCATION,
+  DIRTY,
+  DIRTY_BITMAP,
+  Errno,
+  FIRST_ACCESS,
+  HEAT,
+} from '../nbd/constants.js';
 import type { BlockDevice, DirectAccess, IoRequest, StatusRequest } from '../nbd/device.js';
 import type { TransactionLog } from '../nbd/log/transaction-log.js';
+import { reportAccessOrder } from './access-order.js';
 import { BLOCK_BYTES } from './blocks.js';
 import { DIRTY_COOKIE_UNIT, DirtyFlag, reportDirty } from './dirty-status.js';
-import type { Heat } from './heat.js';
-import { reportHeat } from './heat.js';
+import type { FirstAccess } from './first-access.js';
+import { type Heat, reportHeat } from './heat.js';
 import type { BlockStore } from './store.js';
 import type { Volume } from './volume.js';
 
-const CONTEXTS = [BASE_ALLOCATION, ALLOCATION_DEPTH, HEAT, DIRTY_BITMAP, DIRTY] as const;
+const CONTEXTS = [BASE_ALLOCATION, ALLOCATION_DEPTH, HEAT, FIRST_ACCESS, DIRTY_BITMAP, DIRTY] as const;
 
 /** The machine's disk: reads and writes as the phase allows. What it reads and writes here is the volume's heat. */
 export class GuestDevice implements BlockDevice {
@@ -21,6 +30,7 @@ export class GuestDevice implements BlockDevice {
   readonly contexts = CONTEXTS;
   readonly #store: BlockStore;
   readonly #heat: Heat;
+  readonly #firstAccess: FirstAccess;
 
   constructor(
     private readonly volume: Volume,
@@ -28,6 +38,7 @@ export class GuestDevice implements BlockDevice {
   ) {
     this.#store = volume.store;
     this.#heat = volume.heat;
+    this.#firstAccess = volume.firstAccess;
     this.size = volume.size;
     this.readOnly = volume.readOnly;
   }
@@ -63,11 +74,15 @@ export class GuestDevice implements BlockDevice {
       return;
     }
     this.#heat.read(request.offset, request.length);
+    this.#firstAccess.readWaits(request.offset, request.length);
     this.#store.readLater(request);
   }
 
   write(request: IoRequest): void {
-    if (this.#store.gate.kind !== 'refused') this.#heat.written(request.offset, request.length);
+    if (this.#store.gate.kind !== 'refused') {
+      this.#heat.written(request.offset, request.length);
+      this.#firstAccess.writeWaits(request.offset, request.length);
+    }
     this.#store.write(request);
   }
 
@@ -171,6 +186,7 @@ function statusOf(volume: Volume, request: StatusRequest): void {
   if (context === HEAT) reportHeat(request, volume.heat);
   else if (context === DIRTY_BITMAP) reportDirty(request, volume.store.dirty, null);
   else if (context === DIRTY) reportDirty(request, volume.store.dirty, roundOf(volume));
+  else if (context === FIRST_ACCESS) reportAccessOrder(request, volume.firstAccess.told);
   else {
     volume.store.status(request);
     return;

@@ -108,6 +108,16 @@ export class Heat {
     return (countOf(both >>> WRITE_SHIFT) << 16) | countOf(both & LEVEL_MAX);
   }
 
+  /** Whether a region was read lately: a first read always shows. */
+  wasRead(region: number): boolean {
+    return (this.bytes[HEAT_HEAD_BYTES + region]! & LEVEL_MAX) !== 0;
+  }
+
+  /** Whether a region was neither read nor written lately. */
+  isCold(region: number): boolean {
+    return this.bytes[HEAT_HEAD_BYTES + region] === 0;
+  }
+
   /** The end of the regions from `region` on that are like it, within [region, end); of warm ones perhaps only of the first. */
   sameUntil(region: number, end: number): number {
     const { bytes } = this;

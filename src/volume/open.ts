@@ -8,6 +8,7 @@ import { blocksOf, VOLUME_BYTES_MAX } from './blocks.js';
 import { bootId } from './boot.js';
 import { DirtyMap } from './dirty.js';
 import { makeFolder, removeFile, syncFolder } from './files.js';
+import { FirstAccessFile } from './first-access-file.js';
 import { HeatFile } from './heat-file.js';
 import { IDENTITY_FILE, type Identity, IdentityFile, readIdentity } from './identity.js';
 import { Image } from './image.js';
@@ -265,6 +266,7 @@ async function finishCancel(folder: string, known: Identity): Promise<boolean> {
     image.close();
   }
   HeatFile.removeFiles(folder);
+  FirstAccessFile.removeFiles(folder);
   await removeFile(join(folder, IDENTITY_FILE));
   return true;
 }
@@ -337,10 +339,12 @@ async function reopenKnown(
       dirty = DirtyMap.open(folder, { id: known.id, blocks: blocksOf(image.size) }, image.stamp);
     const volume = new Volume(file, image, presence, dirty);
     await volume.heatFile.load();
+    await volume.firstAccessFile.load();
     try {
       await volume.markOpen();
     } catch (error) {
       volume.heatFile.stop();
+      volume.firstAccessFile.stop();
       throw error;
     }
     return volume;

@@ -22,6 +22,8 @@ import { BLOCK_BYTES } from './blocks.js';
 import { bootId } from './boot.js';
 import { DirtyMap, nextRound, type Tracking } from './dirty.js';
 import { syncFolder } from './files.js';
+import { FirstAccess } from './first-access.js';
+import { FirstAccessFile } from './first-access-file.js';
 import { Heat } from './heat.js';
 import { HeatFile } from './heat-file.js';
 import type { Identity, IdentityFile } from './identity.js';
@@ -61,6 +63,9 @@ export class Volume {
   /** Of the guest. */
   readonly heat: Heat;
   readonly heatFile: HeatFile;
+  /** Likewise: what it read first after the takeover. */
+  readonly firstAccess: FirstAccess;
+  readonly firstAccessFile: FirstAccessFile;
   #last: Promise<unknown> = Promise.resolve();
   #closed = false;
   #closing: Promise<void> | undefined;
@@ -80,12 +85,12 @@ export class Volume {
     this.store = new BlockStore(image, presence, identity.current.mapEpoch);
     this.store.dirty = dirty;
     this.heat = new Heat(image.size);
-    this.heatFile = new HeatFile(
-      identity.folder,
-      { id: this.id, size: image.size },
-      this.heat,
-      () => identity.stored,
-    );
+    this.firstAccess = new FirstAccess(this.heat);
+    const owner = { id: this.id, size: image.size };
+    const isStored = () => identity.stored;
+    this.heatFile = new HeatFile(identity.folder, owner, this.heat, isStored);
+    this.firstAccessFile = new FirstAccessFile(identity.folder, owner, this.firstAccess, isStored);
+    this.firstAccessFile.start();
     this.heatFile.start();
     this.#enter();
     if (presence !== null) {
@@ -142,6 +147,7 @@ export class Volume {
 
   /** Makes what is allowed follow the phase. */
   #enter(): void {
+    this.firstAccess.follow(this.phase);
     this.store.keeps = this.phase === 'relocating';
     this.store.prefills = this.phase === 'standby' && this.preCopy?.fills === true;
     this.store.setGate(this.#gate());
@@ -263,6 +269,7 @@ export class Volume {
       }
       await this.heatFile.remove();
       await this.#endTracking();
+      await this.firstAccessFile.remove();
       if (options.deleteImage && !this.store.image.blockDevice) await this.#deleteImage();
     });
   }
@@ -468,6 +475,7 @@ export class Volume {
       // rest is done at its opening.
       await this.identity.update({ openBootId: null });
       await this.heatFile.remove();
+      await this.firstAccessFile.remove();
       await this.store.serially(async () => {
         const { presence } = this.store;
         this.store.presence = null;
@@ -495,6 +503,7 @@ export class Volume {
     this.#closed = true;
     clearInterval(this.#timer);
     this.heatFile.stop();
+    this.firstAccessFile.stop();
     this.store.keeps = false; // ends a long fill of zeros between two of its steps
     this.store.prefills = false;
     this.store.setGate(CLOSED);
@@ -509,7 +518,7 @@ export class Volume {
     this.#closing = this.#last.then(async () => {
       if (this.#closed) return; // cancelled
       await this.#shut();
-      if (!this.readOnly) await this.heatFile.save();
+      if (!this.readOnly) await Promise.all([this.heatFile.save(), this.firstAccessFile.save()]);
       const durable = (await this.store.commit()) === Errno.OK;
       if (durable) this.store.dirty?.close(this.store.image.stamp);
       else this.store.dirty?.unmap();

@@ -294,8 +294,9 @@ function keeping(bench: Bench): Change[] {
       finally: async (bench) => {
         await bench.shut();
         await bench.open(resume);
-        // But for heat, which is a hint.
-        const files = readdirSync(join(bench.stateDir, NAME)).filter((name) => !name.startsWith('heat'));
+        // But for heat and first accesses, which are hints.
+        const hint = /^(heat|first-access)/;
+        const files = readdirSync(join(bench.stateDir, NAME)).filter((name) => !hint.test(name));
         assert.deepEqual(files, ['volume.json']);
         bench.compare(readFileSync(bench.image), true, 'the image');
       },

@@ -182,7 +182,12 @@ h.shutdown()
 plain = connected(uri)
 tell([listed, by_namespace, can, seen, one, errno_of(plain.block_status, 4096, 0, lambda *a: 0)])`;
       const [listed, byNamespace, can, seen, one, unasked] = await python<unknown[]>(script, disk.unix);
-      assert.deepEqual(listed, ['base:allocation', 'qemu:allocation-depth', 'blockferry:heat']);
+      assert.deepEqual(listed, [
+        'base:allocation',
+        'qemu:allocation-depth',
+        'blockferry:heat',
+        'blockferry:first-access',
+      ]);
       assert.deepEqual(byNamespace, ['qemu:allocation-depth']);
       assert.deepEqual(can, [true, true, false]);
       const depth = [[0, [MIB, 1, 3 * MIB, 2]]];

@@ -47,7 +47,12 @@ for (const state of STATES) {
           const { exports, structured } = JSON.parse(await tool('nbdinfo', '--json', uri));
           assert.equal(structured, true);
           const { contexts, description, uri: _uri, content: _content, ...facts } = exports[0];
-          assert.deepEqual(contexts, ['base:allocation', 'qemu:allocation-depth', 'blockferry:heat']);
+          assert.deepEqual(contexts, [
+            'base:allocation',
+            'qemu:allocation-depth',
+            'blockferry:heat',
+            'blockferry:first-access',
+          ]);
           assert.match(description, /^blockferry volume [0-9a-f-]{36} generation 1$/);
           assert.deepEqual(facts, {
             'export-name': 'disk',
