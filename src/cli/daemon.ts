@@ -26,6 +26,8 @@ export interface OneVolumeOptions extends TlsOptions, ClientOptions {
   logLevel: string;
   /** Of `proxy`. */
   compression?: Compression;
+  /** Of `proxy`. */
+  orderFrom?: string;
 }
 
 export async function runOneVolume(
@@ -56,6 +58,7 @@ export async function runOneVolume(
     ...guestClients(options, tls.guestTls),
     ...sourceTls(options),
     ...(options.compression === undefined ? {} : { compression: options.compression }),
+    ...(options.orderFrom === undefined ? {} : { orderFrom: resolve(options.orderFrom) }),
     images: null,
     folders: [],
     machinesDir,

@@ -29,6 +29,7 @@ export function hostCommand(): Command {
           guestPolicy: (volume) => guestPolicyOf(config, volume),
           linkPolicy: (volume) => linkPolicyOf(config, volume),
           compression: config.compression,
+          ...(config.orderFrom === null ? {} : { orderFrom: config.orderFrom }),
           linkListsExports: config.listExports,
           limits,
           images,

@@ -48,8 +48,11 @@ export function proxyCommand(): Command {
     )
     .option('--bandwidth <rate>', 'limit of the background copy, as in 100M/s', argument(parseRate))
     .addOption(
-      new Option('--order <order>', 'order of the background copy').choices(['hot', 'linear']).default('hot'),
+      new Option('--order <order>', 'order of the background copy')
+        .choices(['hot', 'recorded', 'linear'])
+        .default('hot'),
     )
+    .option('--order-from <file>', 'record of an earlier move to copy by, where the source tells none')
     .option('--no-background', 'fetch only what is read, or about to be')
     .option('--no-read-ahead', 'do not fetch what streams are about to read')
     .option(
@@ -82,6 +85,11 @@ export function proxyCommand(): Command {
         );
       if (context !== undefined && !standby)
         throw new BlockferryError('usage', '--pre-copy is for a standby: give --standby as well');
+      if (options.orderFrom !== undefined && options.order === 'linear')
+        throw new BlockferryError(
+          'usage',
+          '--order-from: --order linear replays nothing, leave one of them out',
+        );
       await runOneVolume('proxy', disk, options, {
         kind: 'proxy',
         sourceUri,

@@ -90,6 +90,7 @@ const configSchema = z.strictObject({
         .default(HANDSHAKE_TIMEOUT_MS / 1000),
     })
     .prefault({}),
+  orderFrom: path.optional(),
   images: path.optional(),
   run: path.optional(),
   migrationAddress: noNul.min(1).default('127.0.0.1'),
@@ -135,6 +136,8 @@ export interface HostConfig {
   /** The link address tells its volumes' names. */
   listExports: boolean;
   limits: ListenLimits;
+  /** Path of the record that volumes which arrive are copied by, where their source tells none; null: none. */
+  orderFrom: string | null;
   /** Folder for the images of volumes that arrive. */
   images: string;
   /** Folder for sockets. */
@@ -214,6 +217,7 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
       handshakesMax: config.limits.handshakes,
       handshakeTimeoutMs: config.limits.handshakeSeconds * 1000,
     },
+    orderFrom: config.orderFrom === undefined ? null : absolute(config.orderFrom),
     images: absolute(config.images ?? join(stateDir, 'images')),
     run: absolute(config.run ?? join(stateDir, 'run')),
     migrationAddress: config.migrationAddress,

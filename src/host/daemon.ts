@@ -51,6 +51,8 @@ export interface DaemonOptions {
   sourceTls?: ClientTlsSettings;
   /** Of links: how sources are asked for it, and 'off' keeps others from having it here as well. Default: 'auto'. */
   compression?: Compression;
+  /** Path of the record that a volume whose source tells none is copied by; default: none. */
+  orderFrom?: string;
   /** Whom a volume is for at the guests' addresses and at the link address; default: everybody who gets there. */
   guestPolicy?: (volume: string) => ExportPolicy;
   linkPolicy?: (volume: string) => ExportPolicy;
@@ -248,13 +250,14 @@ export class Daemon {
 
 /** What of the daemon's settings a volume is opened with. */
 function settingsOf(
-  { sourceTls, compression, transactionLogs }: DaemonOptions,
+  { sourceTls, compression, orderFrom, transactionLogs }: DaemonOptions,
   volume: string,
-): Pick<OpenVolumeOptions, 'sourceTls' | 'sourceCompression' | 'transactionLog'> {
+): Pick<OpenVolumeOptions, 'sourceTls' | 'sourceCompression' | 'orderFrom' | 'transactionLog'> {
   const transactionLog = transactionLogs?.get(volume);
   return {
     ...(sourceTls === undefined ? {} : { sourceTls }),
     ...(compression === undefined ? {} : { sourceCompression: compression }),
+    ...(orderFrom === undefined ? {} : { orderFrom }),
     ...(transactionLog === undefined ? {} : { transactionLog }),
   };
 }

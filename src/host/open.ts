@@ -61,6 +61,8 @@ export interface OpenVolumeOptions {
   sourceTls?: ClientTlsSettings;
   /** Of the link to the source; default: 'auto'. */
   sourceCompression?: Compression;
+  /** Path of the record of first accesses that is replayed where the source tells none; default: none. */
+  orderFrom?: string;
   /** Where the guest's requests are recorded; default: nowhere. */
   transactionLog?: TransactionLogSettings;
   log: Logger;
@@ -77,7 +79,7 @@ const DEFAULTS: RelocationSettings = {
 
 /** Throws what volume/open.ts, NbdClient.connect and TransactionLog.open throw. */
 export async function openVolumeService(options: OpenVolumeOptions): Promise<VolumeService> {
-  const { mode, log, sourceTls, sourceCompression, timing = {} } = options;
+  const { mode, log, sourceTls, sourceCompression, orderFrom, timing = {} } = options;
   // First: where it cannot be had, no volume is made.
   const transactionLog =
     options.transactionLog === undefined ? null : TransactionLog.open(options.transactionLog, log);
@@ -92,7 +94,14 @@ export async function openVolumeService(options: OpenVolumeOptions): Promise<Vol
     const relocation =
       source === null
         ? null
-        : new Relocation(volume, { ...limited, tls: sourceTls, compression, log, timing });
+        : new Relocation(volume, {
+            ...limited,
+            orderFrom,
+            tls: sourceTls,
+            compression,
+            log,
+            timing,
+          });
     return new RunningVolume(volume, relocation, transactionLog);
   } catch (error) {
     await volume?.close().catch(() => undefined);

@@ -21,6 +21,7 @@ import type { Link } from './link.js';
 import { Hot, Neighbours, type Order } from './order.js';
 import { Overwritten } from './overwritten.js';
 import { RateLimit } from './rate-limit.js';
+import type { Replay } from './replay.js';
 import { SourceAllocation } from './source-allocation.js';
 import { type FindRun, STREAM_MS, Streams } from './streams.js';
 import { type LinkWindow, PIECE_BYTES_MAX } from './window.js';
@@ -59,14 +60,18 @@ interface Wanted {
   readonly resolve: (() => void) | null;
 }
 
-/** hot: neighbours of what the guest waited for, then what the machine used at the source, then ascending; linear: ascending only. */
-export type BackgroundOrder = 'hot' | 'linear';
+/**
+ * hot: neighbours of what the guest waited for, then what the machine read first after its last move, then what it used at the source, then
+ * ascending; recorded: the same without what it used; linear: ascending only.
+ */
+export type BackgroundOrder = 'hot' | 'recorded' | 'linear';
 
 export interface BackgroundOptions {
   enabled: boolean;
   /** What streams of the guest are about to read is fetched, whether the copy is on or not. */
   readAhead: boolean;
   order: BackgroundOrder;
+  replay: Replay;
   rateBytesPerSecond: number | null;
   log: Logger;
   /** How long the copy stops after failures. */
@@ -132,7 +137,8 @@ export class Background {
     private readonly options: BackgroundOptions,
   ) {
     this.#window = link.window;
-    this.#orders = options.order === 'hot' ? [this.#neighbours, this.#hot] : [];
+    const replaying = [this.#neighbours, options.replay.order];
+    this.#orders = { hot: [...replaying, this.#hot], recorded: replaying, linear: [] }[options.order];
     this.#limit = new RateLimit(options.rateBytesPerSecond, PIECE_BYTES_MAX, () => this.#pump());
     this.#streams = new Streams(store.blocks);
     store.onDrop = (runs) => this.#dropped(runs);
@@ -178,7 +184,7 @@ export class Background {
 
   /** All is here of what the machine reads at the source, as far as that is known. */
   get hotDone(): boolean {
-    return this.#started && !this.#heatDue && this.#hot.readsDone;
+    return this.#started && !this.#heatDue && this.#orders.every((order) => order.done);
   }
 
   /** Copy. `ahead`: before the takeover, while the source may change; otherwise it stands still from now on. */
@@ -187,7 +193,7 @@ export class Background {
     this.#ahead = ahead;
     if (!this.#started) {
       this.#rateBeganMs = performance.now();
-      if (this.options.order === 'hot' && this.options.enabled) void this.#learnHeat();
+      if (this.options.order !== 'linear' && this.options.enabled) void this.#learn();
     }
     this.#started = true;
     this.#limit.start();
@@ -198,7 +204,7 @@ export class Background {
   #dropped(runs: readonly number[] | null): void {
     this.#allocation.forget();
     this.#cursor = 0;
-    this.#hot.again();
+    for (const order of this.#orders) order.again();
     if (runs !== null) this.#overwritten.note(runs);
     this.#pump();
   }
@@ -352,11 +358,17 @@ export class Background {
     }
   }
 
-  /** What the machine used at the source. A hint: without it the copy goes on all the same. */
-  async #learnHeat(): Promise<void> {
-    const { size } = this.store.image;
+  /** What the machine read first, and what it used at the source. Hints: without them the copy goes on all the same. */
+  async #learn(): Promise<void> {
     const era = ++this.#heatEra;
     this.#heatDue = true;
+    if (await this.options.replay.learn(() => era === this.#heatEra)) this.#begin(era);
+    if (this.options.order === 'hot') await this.#learnHeat(era);
+    this.#begin(era);
+  }
+
+  async #learnHeat(era: number): Promise<void> {
+    const { size } = this.store.image;
     try {
       for (let offset = 0; offset < size && era === this.#heatEra; ) {
         const extents = await this.link.heat(offset, Math.min(HEAT_BYTES, size - offset));
@@ -368,7 +380,6 @@ export class Background {
     } catch (error) {
       this.options.log.debug({ why: messageOf(error) }, 'the source does not tell what its machine used');
     }
-    this.#begin(era);
   }
 
   #begin(era: number): void {

@@ -14,11 +14,19 @@ import { BlockferryError, messageOf } from '../errors.js';
 import { type Extent, NbdClient, NbdReplyError } from '../nbd/client/client.js';
 import type { Compression } from '../nbd/codec/frames.js';
 import { zstdAvailable } from '../nbd/compression/available.js';
-import { BASE_ALLOCATION, Errno, HEAT, TransmissionFlag } from '../nbd/constants.js';
+import { BASE_ALLOCATION, Errno, FIRST_ACCESS, HEAT, TransmissionFlag } from '../nbd/constants.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { parseNbdUri } from '../nbd/uri.js';
 import { type Asker, Budget } from './budget.js';
-import { allocationFrom, extentsFrom, heatFrom, isLoss, readFrom, whyNotReadable } from './reading.js';
+import {
+  allocationFrom,
+  extentsFrom,
+  firstAccessFrom,
+  heatFrom,
+  isLoss,
+  readFrom,
+  whyNotReadable,
+} from './reading.js';
 import { CONNECT_TIMEOUT_MS, volumeDescribed, whyNotTheSame } from './source-identity.js';
 import { LinkWindow } from './window.js';
 
@@ -201,6 +209,11 @@ export class Link {
     return this.#ask((client) => extentsFrom(client, dirtyContext, offset, length), lane);
   }
 
+  /** Likewise, in which order the source's machine read them first after its last move: see `firstAccessFrom`. */
+  firstAccess(offset: number, length: number): Promise<Extent[] | null> {
+    return this.#ask((client) => firstAccessFrom(client, offset, length));
+  }
+
   async #ask(
     question: (client: NbdClient) => Promise<Extent[] | null>,
     lane: Lane = 'bulk',
@@ -293,7 +306,7 @@ export class Link {
     const { uri, known, tls = {}, dirtyContext = null } = this.options;
     const { connectTimeoutMs, requestTimeoutMs } = this.#timing;
     const client = await NbdClient.connect(uri, {
-      contexts: dirtyContext === null ? [BASE_ALLOCATION, HEAT] : [BASE_ALLOCATION, HEAT, dirtyContext],
+      contexts: [BASE_ALLOCATION, HEAT, FIRST_ACCESS, ...(dirtyContext === null ? [] : [dirtyContext])],
       connectTimeoutMs,
       handshakeTimeoutMs: connectTimeoutMs,
       requestTimeoutMs,

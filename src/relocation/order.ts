@@ -6,6 +6,7 @@
  * fail again, holds up nothing.
  */
 import type { Extent } from '../nbd/client/client.js';
+import { RANKED_REGIONS_MAX } from '../volume/access-order.js';
 import { BLOCK_BYTES } from '../volume/blocks.js';
 import type { FindRun } from './streams.js';
 import type { Run } from './zero-map.js';
@@ -15,6 +16,10 @@ export interface Order {
   next(find: FindRun): Run | undefined;
   /** The run it named is seen to, up to here. */
   taken(end: number): void;
+  /** Nothing is left of what should be there before the machine moves. */
+  readonly done: boolean;
+  /** Begins with the first region again: some of what came was dropped. */
+  again(): void;
   /** Forgets everything. */
   clear(): void;
 }
@@ -42,6 +47,14 @@ abstract class Regions implements Order {
 
   taken(end: number): void {
     this.#at = end;
+  }
+
+  get done(): boolean {
+    return this.current() === undefined;
+  }
+
+  again(): void {
+    this.#at = 0;
   }
 
   clear(): void {
@@ -138,14 +151,13 @@ export class Hot extends Regions {
     this.#next++;
   }
 
-  /** Begins with the first region again: some of what came was dropped. */
-  again(): void {
-    super.clear();
+  override again(): void {
+    super.again();
     if (this.#next > 0) this.#next = 0;
   }
 
-  /** Nothing is left that the machine read at the source. */
-  get readsDone(): boolean {
+  /** Of what the machine read at the source; what it only wrote may come later. */
+  override get done(): boolean {
     const region = this.current();
     return region === undefined || this.#scores[this.#next]! < SCORE_READ;
   }
@@ -155,5 +167,73 @@ export class Hot extends Regions {
     this.#regions = [];
     this.#scores = [];
     this.#next = -1;
+  }
+}
+
+/**
+ * The regions that the machine read first after its last move, in that order: by `blockferry:first-access`, or as a file has it. A rank is a
+ * place, so that nothing need be sorted; what lies between two that are taken is passed over once.
+ */
+export class Recorded extends Regions {
+  /** By rank, less one: the region's number and one more; 0: none. Empty while nothing was learned. */
+  #places = new Uint32Array(0);
+  #size = 0;
+  #next = 0;
+  /** Behind the last place that is taken. */
+  #end = 0;
+
+  /** Regions that have a place. */
+  get size(): number {
+    return this.#size;
+  }
+
+  /** Extents of `blockferry:first-access` that follow one another from `offset` on. No two regions have the same rank. */
+  learn(offset: number, extents: readonly Extent[]): void {
+    let at = offset;
+    for (const { length, flags } of extents) {
+      if (flags !== 0) this.put(Math.floor(at / REGION_BYTES), flags);
+      at += length;
+    }
+  }
+
+  /** A rank beyond those that anybody gives is passed over. */
+  put(region: number, rank: number): void {
+    if (rank > RANKED_REGIONS_MAX) return;
+    if (this.#places.length === 0) this.#places = new Uint32Array(RANKED_REGIONS_MAX);
+    const place = rank - 1;
+    if (this.#places[place] === 0) this.#size++;
+    this.#places[place] = region + 1;
+    this.#next = Math.min(this.#next, place);
+    this.#end = Math.max(this.#end, rank);
+  }
+
+  /** In the order of their ranks. */
+  *regions(): Iterable<number> {
+    for (let place = 0; place < this.#end; place++) {
+      const region = this.#places[place]! - 1;
+      if (region >= 0) yield region;
+    }
+  }
+
+  protected current(): number | undefined {
+    while (this.#next < this.#end && this.#places[this.#next] === 0) this.#next++;
+    return this.#next < this.#end ? this.#places[this.#next]! - 1 : undefined;
+  }
+
+  protected drop(): void {
+    this.#next++;
+  }
+
+  override again(): void {
+    super.again();
+    this.#next = 0;
+  }
+
+  override clear(): void {
+    super.clear();
+    this.#places = new Uint32Array(0);
+    this.#size = 0;
+    this.#next = 0;
+    this.#end = 0;
   }
 }

@@ -1,7 +1,7 @@
 /** Reads any range from one connection to a source, in requests as the source wants them: not too long, and on its blocks. */
 import { BlockferryError } from '../errors.js';
 import type { Extent, NbdClient } from '../nbd/client/client.js';
-import { BASE_ALLOCATION, HEAT } from '../nbd/constants.js';
+import { BASE_ALLOCATION, FIRST_ACCESS, HEAT } from '../nbd/constants.js';
 import type { Budget } from './budget.js';
 
 /** Bytes of one request, at most. */
@@ -85,6 +85,15 @@ export async function allocationFrom(
  */
 export async function heatFrom(client: NbdClient, offset: number, length: number): Promise<Extent[] | null> {
   return extentsFrom(client, HEAT, offset, length);
+}
+
+/** Likewise of `blockferry:first-access`, their flags the regions' ranks; 0: none. */
+export async function firstAccessFrom(
+  client: NbdClient,
+  offset: number,
+  length: number,
+): Promise<Extent[] | null> {
+  return extentsFrom(client, FIRST_ACCESS, offset, length);
 }
 
 /** Extents of any context from `offset` on; they may end early, as `heatFrom`'s. Null: the source does not tell. */

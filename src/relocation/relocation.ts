@@ -14,6 +14,7 @@ import { Background, type BackgroundOrder } from './background.js';
 import { Fetcher } from './fetcher.js';
 import { LINK_TIMING, Link, type LinkTiming } from './link.js';
 import { CHANGES_TIMEOUT_MS, changesOf } from './pre-copy.js';
+import { Replay } from './replay.js';
 
 export interface RelocationTiming extends LinkTiming {
   /** How long the background copy stops after failures, and a hand-off that failed waits for its next attempt. */
@@ -26,6 +27,8 @@ export interface RelocationOptions {
   background: boolean;
   readAhead: boolean;
   order: BackgroundOrder;
+  /** Path of the record that is replayed where the source tells none. */
+  orderFrom?: string | undefined;
   rateBytesPerSecond: number | null;
   sourceTimeoutMs: number | null;
   /** For a source with TLS, where its URI leaves something open. */
@@ -73,6 +76,7 @@ export class Relocation {
       enabled: options.background,
       readAhead: options.readAhead,
       order: options.order,
+      replay: new Replay(this.link, volume.firstAccess, size, options.orderFrom ?? null, options.log),
       rateBytesPerSecond: options.rateBytesPerSecond,
       log: options.log,
       retryAfterErrorMs: this.#timing.retryAfterErrorMs,

@@ -146,6 +146,7 @@ export class Lab {
       image,
       mode,
       ...(settings.sourceCompression === undefined ? {} : { sourceCompression: settings.sourceCompression }),
+      ...(settings.orderFrom === undefined ? {} : { orderFrom: settings.orderFrom }),
       log,
       timing,
     });
@@ -177,6 +178,7 @@ export interface ProxyOptions {
   background?: boolean;
   readAhead?: boolean;
   order?: BackgroundOrder;
+  orderFrom?: string;
   rateBytesPerSecond?: number | null;
   sourceTimeoutMs?: number | null;
   sourceCompression?: Compression;
