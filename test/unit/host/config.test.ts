@@ -38,6 +38,11 @@ describe('configuration', () => {
       'name',
       'serial',
     ]);
+    assert.equal(config.orderFrom, null);
+    assert.equal(
+      parseConfig('name: a\norderFrom: template.record', '/etc').orderFrom,
+      '/etc/template.record',
+    );
     assert.equal(parseConfig('name: x', '/').link, '127.0.0.1:0');
   });
 
