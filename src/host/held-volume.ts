@@ -33,6 +33,8 @@ export interface HeldVolume {
   readonly image: string;
   /** What another host's link reads. On another thread's volume it says what it is, and only `startSession` of that thread's pool serves it. */
   readonly link: BlockDevice;
+  /** What the volume's blocks hash to; likewise. */
+  readonly hashes: BlockDevice;
   /** What links are told. Never older than the last answer; the volume's thread checks it once more for every link. */
   readonly linkDescription: string;
   /** Resolves when the session on stdio, if the guest face has one, is over. */
@@ -85,7 +87,7 @@ export function holdLocally(openVolume: OpenVolume, listen: Listen): HoldVolume 
     const service = await openVolume(options);
     try {
       const table = new ExportTable();
-      table.add(options.name, () => service.linkDescription, service.guest, guest.policy);
+      table.add(options.name, () => service.linkDescription, service.guest, guest.policy, service.hashes);
       return new LocalVolume(service, await listen(guest.addresses, table, options.log, guest.settings));
     } catch (error) {
       await service.close();
@@ -126,6 +128,10 @@ export class LocalVolume implements HeldVolume {
 
   get link(): BlockDevice {
     return this.service.link;
+  }
+
+  get hashes(): BlockDevice {
+    return this.service.hashes;
   }
 
   get linkDescription(): string {

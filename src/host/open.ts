@@ -11,6 +11,7 @@ import { describeVolume, probeSource, volumeDescribed } from '../relocation/sour
 import type { Tracking } from '../volume/dirty.js';
 import { GuestDevice, LinkDevice } from '../volume/faces.js';
 import type { Identity } from '../volume/identity.js';
+import { HashDevice } from '../volume/hash-device.js';
 import { createProxied, openPlain, reopen } from '../volume/open.js';
 import type { RetreatProof, RoundCut, Volume } from '../volume/volume.js';
 import type { VolumeService, VolumeStatus } from './service.js';
@@ -177,6 +178,7 @@ async function reopenProxied(
 class RunningVolume implements VolumeService {
   readonly guest: BlockDevice;
   readonly link: BlockDevice;
+  readonly hashes: BlockDevice;
   #gone = false;
 
   constructor(
@@ -186,6 +188,7 @@ class RunningVolume implements VolumeService {
   ) {
     this.guest = new GuestDevice(volume, transactionLog);
     this.link = new LinkDevice(volume);
+    this.hashes = new HashDevice(volume);
   }
 
   get name(): string {

@@ -8,6 +8,7 @@ import type { Hypervisor } from '../hypervisor/driver.js';
 import type { BlockDevice } from '../nbd/device.js';
 import { defaultOrNamed, type ExportDirectory, type ExportEntry } from '../nbd/server/exports.js';
 import type { ListenerParameters } from '../nbd/server/listener.js';
+import { hashesNameOf } from '../relocation/source-identity.js';
 import type { HoldVolume } from './held-volume.js';
 
 /** What the daemon needs of nbd's Listener. */
@@ -57,29 +58,28 @@ export interface DaemonParts {
 export class ExportTable implements ExportDirectory {
   readonly shuttingDown = false;
   private readonly entries = new Map<string, ExportEntry>();
+  /** Of their hashes: known to those who ask by name, who are let in as to the export itself. */
+  private readonly companions = new Map<string, ExportEntry>();
 
   /** `describe` is asked for each client anew: what a volume says of itself changes with its generation. */
-  add(name: string, describe: () => string, device: BlockDevice, policy: ExportPolicy = {}): void {
+  add(
+    name: string,
+    describe: () => string,
+    device: BlockDevice,
+    policy: ExportPolicy = {},
+    hashes?: BlockDevice,
+  ): void {
     this.remove(name);
-    this.entries.set(name, {
-      name,
-      get description() {
-        return describe();
-      },
-      size: device.size,
-      readOnly: device.readOnly,
-      contexts: device.contexts,
-      preferredBlock: device.preferredBlock,
-      multiConn: device.multiConn,
-      fastZero: device.fastZero ?? false,
-      ...policy,
-      open: () => device,
-    });
+    this.entries.set(name, entryOf(name, describe, device, policy));
+    if (hashes === undefined) return;
+    const companion = hashesNameOf(name);
+    this.companions.set(companion, entryOf(companion, describe, hashes, policy));
   }
 
   /** No client is let in any more; sessions there are end with the device's volume. */
   remove(name: string): void {
     this.entries.delete(name);
+    this.companions.delete(hashesNameOf(name));
   }
 
   list(): ExportEntry[] {
@@ -88,6 +88,29 @@ export class ExportTable implements ExportDirectory {
 
   /** By its name at once: a client may ask often. */
   find(name: string): ExportEntry | undefined {
-    return name === '' ? defaultOrNamed(this.list(), name) : this.entries.get(name);
+    if (name === '') return defaultOrNamed(this.list(), name);
+    return this.entries.get(name) ?? this.companions.get(name);
   }
+}
+
+function entryOf(
+  name: string,
+  describe: () => string,
+  device: BlockDevice,
+  policy: ExportPolicy,
+): ExportEntry {
+  return {
+    name,
+    get description() {
+      return describe();
+    },
+    size: device.size,
+    readOnly: device.readOnly,
+    contexts: device.contexts,
+    preferredBlock: device.preferredBlock,
+    multiConn: device.multiConn,
+    fastZero: device.fastZero ?? false,
+    ...policy,
+    open: () => device,
+  };
 }

@@ -58,6 +58,8 @@ export interface VolumeService {
   readonly guest: BlockDevice;
   /** What another host's link reads: always read-only, also answers while sealed. */
   readonly link: BlockDevice;
+  /** What its blocks hash to, for another host's link. */
+  readonly hashes: BlockDevice;
   /** As it is now: told to NBD clients that ask for a description, and checked again by a link that reconnects. */
   readonly linkDescription: string;
   status(): VolumeStatus;

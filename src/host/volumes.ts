@@ -368,7 +368,7 @@ export class Volumes {
     };
     const service = await hold({ stateDir, name, image, mode, log, guest, onLost });
     entry = { kind: 'open', service, mode, handoff };
-    link?.table.add(name, () => service.linkDescription, service.link, linkPolicy(name));
+    link?.table.add(name, () => service.linkDescription, service.link, linkPolicy(name), service.hashes);
     service.handedOff().then(
       () => handoff.announce(),
       // The volume was closed or cancelled before: nobody may be left waiting for it.

@@ -19,6 +19,11 @@ export function describeVolume(id: string, generation: number): string {
   return `blockferry volume ${id} generation ${generation}`;
 }
 
+/** The export with the hashes of a volume's. No volume can have such a name. */
+export function hashesNameOf(exportName: string): string {
+  return `${exportName}/sha256`;
+}
+
 const DESCRIPTION = /^blockferry volume (\S+) generation (\d+)$/;
 
 /** The volume that a blockferry source says it is; undefined for any other source. */

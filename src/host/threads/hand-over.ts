@@ -86,6 +86,7 @@ class SessionElsewhere implements Session, SessionAway {
     const first = new Uint8Array(Buffer.concat([rest, ...read])) as Buffer;
     const number = thread.begin(this, {
       volume,
+      face: this.device.face,
       fd,
       linkDescription,
       agreed: { ...agreed, rest: first },

@@ -50,8 +50,12 @@ export interface VolumeFacts {
   id: string;
   image: string;
   link: DeviceFacts;
+  hashes: DeviceFacts;
   linkDescription: string;
 }
+
+/** What of a volume the link address serves. */
+export type Face = 'link' | 'hashes';
 
 /** `request`, `volume` and `session` are numbers that the control thread gives, each once a thread. */
 export type ToThread =
@@ -61,6 +65,7 @@ export type ToThread =
       kind: 'session';
       session: number;
       volume: number;
+      face: Face;
       fd: number;
       /** The client was told so: if it is not true any more, there is no session. */
       linkDescription: string;

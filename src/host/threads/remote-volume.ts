@@ -6,7 +6,7 @@ import type { BlockDevice, IoRequest } from '../../nbd/device.js';
 import type { HeldVolume, VolumeLook } from '../held-volume.js';
 import type { RetreatProof, RoundCut, Tracking } from '../service.js';
 import type { DataThread } from './data-thread.js';
-import type { DeviceFacts, Verb, VolumeFacts } from './messages.js';
+import type { DeviceFacts, Face, Verb, VolumeFacts } from './messages.js';
 
 /** Of one volume, waiting for their blocks: a source that is away holds up any number of them, and their callers may be gone. */
 const PREFETCHES_MAX = 256;
@@ -17,6 +17,7 @@ export class RemoteVolume implements HeldVolume {
   readonly id: string;
   readonly image: string;
   readonly link: RemoteDevice;
+  readonly hashes: RemoteDevice;
   /** Kept up to date by the thread. */
   linkDescription: string;
   readonly stdioClosed = NEVER;
@@ -32,7 +33,8 @@ export class RemoteVolume implements HeldVolume {
   ) {
     this.id = facts.id;
     this.image = facts.image;
-    this.link = new RemoteDevice(this, facts.link);
+    this.link = new RemoteDevice(this, 'link', facts.link);
+    this.hashes = new RemoteDevice(this, 'hashes', facts.hashes);
     this.linkDescription = facts.linkDescription;
   }
 
@@ -152,6 +154,7 @@ export class RemoteDevice implements BlockDevice {
 
   constructor(
     readonly volume: RemoteVolume,
+    readonly face: Face,
     facts: DeviceFacts,
   ) {
     this.size = facts.size;

@@ -104,9 +104,9 @@ class VolumeThread {
 
   async #open({ volume, order }: Extract<ToThread, { kind: 'open' }>): Promise<VolumeFacts> {
     const held = await this.parts.hold({ ...order, log: this.#log });
-    const { id, image, linkDescription, link } = held;
+    const { id, image, linkDescription, link, hashes } = held;
     this.#volumes.set(volume, { held, told: linkDescription });
-    return { id, image, linkDescription, link: factsOf(link) };
+    return { id, image, linkDescription, link: factsOf(link), hashes: factsOf(hashes) };
   }
 
   async #call(message: Extract<ToThread, { kind: 'call' }>): Promise<unknown> {
@@ -128,7 +128,7 @@ class VolumeThread {
   }
 
   #begin(message: Extract<ToThread, { kind: 'session' }>): void {
-    const { session: number, volume, fd, agreed } = message;
+    const { session: number, volume, face, fd, agreed } = message;
     // Said before the descriptor is used: should this thread die right here, it is better left open than closed twice, which might
     // close another file.
     this.#post({ kind: 'taken', session: number });
@@ -152,7 +152,7 @@ class VolumeThread {
       const session = this.parts.startSession(socket, {
         ...agreed,
         rest: Buffer.from(buffer, byteOffset, byteLength),
-        device: resident.held.link,
+        device: resident.held[face],
         log: this.#log.child(message.bindings),
         complain: (about, detail) => this.#post({ kind: 'complaint', session: number, about, detail }),
       });

@@ -50,6 +50,7 @@ export class FakeService implements VolumeService {
   readonly size = device.size;
   readonly guest = device;
   readonly link = { ...device, readOnly: true };
+  readonly hashes = { ...device, readOnly: true };
   readonly linkDescription = 'fake';
   settled = false;
   closed = false;

@@ -15,6 +15,8 @@ import { NbdClient } from '../../../src/nbd/client/client.js';
 import { compressionPool } from '../../../src/nbd/compression/pool.js';
 import { Command, Option } from '../../../src/nbd/constants.js';
 import type { ServerTlsSettings } from '../../../src/nbd/tls.js';
+import { formatNbdUri, parseNbdUri } from '../../../src/nbd/uri.js';
+import { hashBlocks } from '../../../src/volume/block-hash.js';
 import { encodeRequest } from '../../fakes/raw-client.js';
 import { clientFlags, GREETING_BYTES, option } from '../../support/handshake.js';
 import { makePki, type Pki } from '../../support/pki.js';
@@ -70,7 +72,7 @@ async function share(
   tls?: ServerTlsSettings,
 ): Promise<ExportListener> {
   const table = new ExportTable();
-  for (const held of volumes) table.add(held.name, () => held.linkDescription, held.link);
+  for (const held of volumes) table.add(held.name, () => held.linkDescription, held.link, {}, held.hashes);
   const settings = { compression: true, ...(tls === undefined ? {} : { tls }) };
   const listener = await listenWith(threads.startSession)([address], table, log, settings);
   open.push(listener);
@@ -248,6 +250,20 @@ for (const transport of ['unix', 'tcp'] as const) {
   });
 }
 
+for (const address of ['unix', '127.0.0.1:0'])
+  test(`hashes are another face of the volume, served on its thread (${address})`, async () => {
+    const [a, b] = [await hold('a'), await hold('b')];
+    const listener = await share(address === 'unix' ? `unix:${join(folder, 'h.sock')}` : address, [a, b]);
+    const uri = parseNbdUri(listener.addresses('a')[0]!);
+    const client = await NbdClient.connect(formatNbdUri({ ...uri, exportName: 'a/sha256' }));
+    assert.equal(client.info.description, a.linkDescription);
+    assert.ok(client.info.readOnly);
+    const hashes = await client.read(0, client.info.size);
+    assert.deepEqual(hashes, Buffer.from(hashBlocks(content)));
+    assert.equal(listener.connections('a'), 0, 'nobody is a client of the volume');
+    await client.close();
+  });
+
 describe('a connection behind TLS', () => {
   let pki: Pki;
   before(() => {
@@ -270,6 +286,9 @@ describe('a connection behind TLS', () => {
     await Promise.all(pieces.map((at) => client.read(at, 1 << 20, buffer, at)));
     assert.ok(buffer.equals(content));
     assert.equal(listener.connections('a'), 1);
+    const companion = await NbdClient.connect(uri.replace('/a?', '/a/sha256?'));
+    assert.deepEqual(await companion.read(0, companion.info.size), Buffer.from(hashBlocks(content)));
+    await companion.close();
     await client.close();
     await until(() => listener.connections('a') === 0, 'the end of the session');
   });
