@@ -28,6 +28,7 @@ export interface OneVolumeOptions extends TlsOptions, ClientOptions {
   compression?: Compression;
   /** Of `proxy`. */
   orderFrom?: string;
+  seed?: string[];
 }
 
 export async function runOneVolume(
@@ -59,6 +60,7 @@ export async function runOneVolume(
     ...sourceTls(options),
     ...(options.compression === undefined ? {} : { compression: options.compression }),
     ...(options.orderFrom === undefined ? {} : { orderFrom: resolve(options.orderFrom) }),
+    ...(options.seed === undefined ? {} : { seeds: options.seed.map((path) => resolve(path)) }),
     images: null,
     folders: [],
     machinesDir,

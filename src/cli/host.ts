@@ -30,6 +30,7 @@ export function hostCommand(): Command {
           linkPolicy: (volume) => linkPolicyOf(config, volume),
           compression: config.compression,
           ...(config.orderFrom === null ? {} : { orderFrom: config.orderFrom }),
+          seeds: config.seeds,
           linkListsExports: config.listExports,
           limits,
           images,

@@ -1,9 +1,11 @@
-import { Command, Option } from 'commander';
+import { existsSync } from 'node:fs';
+import { Command, InvalidArgumentError, Option } from 'commander';
 import { BlockferryError } from '../errors.js';
 import type { Compression } from '../nbd/codec/frames.js';
 import { DIRTY, DIRTY_BITMAP } from '../nbd/constants.js';
 import { parseNbdUri } from '../nbd/uri.js';
 import type { BackgroundOrder } from '../relocation/background.js';
+import { SEEDS_MAX } from '../relocation/seeds.js';
 import { clientOptions } from './clients.js';
 import { argument, logLevelOption, stateDirOption, transactionLogOptions } from './common.js';
 import { type OneVolumeOptions, runOneVolume } from './daemon.js';
@@ -26,12 +28,29 @@ interface ProxyOptions extends OneVolumeOptions {
   order: BackgroundOrder;
   sourceTimeout?: number;
   compression: Compression;
+  seed?: string[];
 }
 
 function checkedUri(text: string): string {
   parseNbdUri(text);
   return text;
 }
+
+function seedOption(): Option {
+  return new Option(
+    '--seed <image>',
+    'an image here, such as a template: blocks of the source that it has are copied from it; may be repeated',
+  ).argParser((image: string, before: string[] | undefined) => [
+    ...(before ?? []),
+    checkedSeed(image, before),
+  ]);
+}
+
+const checkedSeed = (image: string, before: string[] = []): string => {
+  if (before.length >= SEEDS_MAX) throw new InvalidArgumentError(`at most ${SEEDS_MAX} seeds`);
+  if (existsSync(image)) return image;
+  throw new InvalidArgumentError(`there is no image ${image}`);
+};
 
 export function proxyCommand(): Command {
   const [transactionLog, transactionLogData] = transactionLogOptions();
@@ -66,6 +85,7 @@ export function proxyCommand(): Command {
       argument(parseCompression),
       'auto',
     )
+    .addOption(seedOption())
     .addOption(tlsModeOption())
     .addOption(tlsCertificatesOption())
     .addOption(tlsPskOption())

@@ -108,9 +108,10 @@ function volumeText(volume: VolumeView): string {
       `${demand.reads} reads, median ${demand.p50Ms} ms, 99 % within ${demand.p99Ms} ms`,
     ]);
   }
-  if (traffic.fromSourceBytes > 0 || traffic.zeroBytes > 0) {
+  if (traffic.fromSourceBytes > 0 || traffic.zeroBytes > 0 || traffic.seedBytes > 0) {
     const fetched = `${formatSize(traffic.demandBytes)} on demand, ${formatSize(traffic.backgroundBytes)} in the background`;
-    rows.push(['fetched', `${fetched}, ${formatSize(traffic.zeroBytes)} were zero`]);
+    const seeded = traffic.seedBytes > 0 ? `, ${formatSize(traffic.seedBytes)} were in seeds here` : '';
+    rows.push(['fetched', `${fetched}, ${formatSize(traffic.zeroBytes)} were zero${seeded}`]);
   }
   if (volume.handoffAt !== null) rows.push(['handed off', volume.handoffAt]);
   return rows.map(([key, value]) => `${key.padEnd(10)}  ${value}\n`).join('');

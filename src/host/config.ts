@@ -11,6 +11,7 @@ import { CONNECTIONS_MAX, HANDSHAKE_TIMEOUT_MS, HANDSHAKES_MAX } from '../nbd/co
 import type { TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import { ACCESS_RULES_MAX, type AccessRule, parseAccessRule, unprovable } from '../nbd/server/access.js';
 import type { ClientTlsSettings, ServerTlsSettings, TlsMode } from '../nbd/tls.js';
+import { SEEDS_MAX } from '../relocation/seeds.js';
 import type { ExportPolicy, ListenLimits } from './parts.js';
 import { defaultStateDir, RESERVED_NAMES } from './state-dir.js';
 import { defaultDataThreads } from './threads/default.js';
@@ -91,6 +92,7 @@ const configSchema = z.strictObject({
     })
     .prefault({}),
   orderFrom: path.optional(),
+  seeds: z.array(path).max(SEEDS_MAX).default([]),
   images: path.optional(),
   run: path.optional(),
   migrationAddress: noNul.min(1).default('127.0.0.1'),
@@ -138,6 +140,8 @@ export interface HostConfig {
   limits: ListenLimits;
   /** Path of the record that volumes which arrive are copied by, where their source tells none; null: none. */
   orderFrom: string | null;
+  /** Images in which blocks of volumes that arrive are looked for first. */
+  seeds: readonly string[];
   /** Folder for the images of volumes that arrive. */
   images: string;
   /** Folder for sockets. */
@@ -218,6 +222,7 @@ export function parseConfig(text: string, base: string, file = 'configuration'):
       handshakeTimeoutMs: config.limits.handshakeSeconds * 1000,
     },
     orderFrom: config.orderFrom === undefined ? null : absolute(config.orderFrom),
+    seeds: config.seeds.map(absolute),
     images: absolute(config.images ?? join(stateDir, 'images')),
     run: absolute(config.run ?? join(stateDir, 'run')),
     migrationAddress: config.migrationAddress,

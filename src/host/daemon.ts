@@ -15,6 +15,7 @@ import type { MachineDefinition } from '../hypervisor/driver.js';
 import type { Compression } from '../nbd/codec/frames.js';
 import type { TransactionLogSettings } from '../nbd/log/transaction-log.js';
 import type { ClientTlsSettings, ServerTlsSettings } from '../nbd/tls.js';
+import { type SeedFinder, type SeedSettings, useSeeds } from '../relocation/seeds.js';
 import { VERSION } from '../version.js';
 import type { DaemonView, StatusView } from './control/api.js';
 import { controlRoutes } from './control/routes.js';
@@ -32,7 +33,7 @@ import {
 } from './parts.js';
 import { DaemonRecord } from './record.js';
 import { bringRetiredBack } from './retired.js';
-import { hasState } from './state-dir.js';
+import { hasState, seedsDir } from './state-dir.js';
 import { Volumes } from './volumes.js';
 
 export interface DaemonOptions {
@@ -62,6 +63,8 @@ export interface DaemonOptions {
   limits?: ListenLimits;
   /** Where the guest's requests of a volume are recorded, by its name; of others they are not. */
   transactionLogs?: ReadonlyMap<string, TransactionLogSettings>;
+  /** Images in which the blocks of volumes that come from elsewhere are looked for; default: none. */
+  seeds?: readonly string[];
   /** Folder for images of volumes that arrive; null: none may arrive. */
   images: string | null;
   /** Folders that must be there before anything is served, for this user only. */
@@ -89,6 +92,7 @@ export class Daemon {
   private readonly startedAt = new Date().toISOString();
   private control: ControlServer | null = null;
   private stopping: Promise<void> | null = null;
+  private seeds: SeedFinder | null = null;
   /** What an earlier run left is known again. */
   private ready = false;
 
@@ -147,6 +151,7 @@ export class Daemon {
         machines,
       });
       daemon.control = await ControlServer.listen(options.control, routes, log);
+      daemon.seeds = prepareSeeds(options);
       await daemon.openVolumes();
       await daemon.startMachines();
     } catch (error) {
@@ -200,6 +205,7 @@ export class Daemon {
         failures.push(error);
       }
     };
+    this.seeds?.release();
     await attempt('machines', this.machines.stopAll(this.options.stopTimeoutMs, hurry));
     await attempt('control socket', this.control?.close());
     await attempt('link', this.link?.listener.close());
@@ -250,16 +256,32 @@ export class Daemon {
 
 /** What of the daemon's settings a volume is opened with. */
 function settingsOf(
-  { sourceTls, compression, orderFrom, transactionLogs }: DaemonOptions,
+  options: DaemonOptions,
   volume: string,
-): Pick<OpenVolumeOptions, 'sourceTls' | 'sourceCompression' | 'orderFrom' | 'transactionLog'> {
+): Pick<OpenVolumeOptions, 'sourceTls' | 'sourceCompression' | 'orderFrom' | 'transactionLog' | 'seeds'> {
+  const { sourceTls, compression, orderFrom, transactionLogs } = options;
   const transactionLog = transactionLogs?.get(volume);
+  const seeds = seedsOf(options);
   return {
+    ...(seeds === undefined ? {} : { seeds }),
     ...(sourceTls === undefined ? {} : { sourceTls }),
     ...(compression === undefined ? {} : { sourceCompression: compression }),
     ...(orderFrom === undefined ? {} : { orderFrom }),
     ...(transactionLog === undefined ? {} : { transactionLog }),
   };
+}
+
+function seedsOf({ seeds = [], stateDir }: DaemonOptions): SeedSettings | undefined {
+  return seeds.length === 0 ? undefined : { images: seeds, folder: seedsDir(stateDir) };
+}
+
+/** A host's seeds are indexed before the first volume that wants them arrives. */
+function prepareSeeds(options: DaemonOptions): SeedFinder | null {
+  const settings = seedsOf(options);
+  if (settings === undefined || options.kind !== 'host') return null;
+  const seeds = useSeeds(settings, options.log);
+  void seeds.built.then(() => seeds.release());
+  return seeds;
 }
 
 function makeFolders(folders: readonly string[]): void {

@@ -7,11 +7,12 @@ import { TransactionLog, type TransactionLogSettings } from '../nbd/log/transact
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import type { BackgroundOrder } from '../relocation/background.js';
 import { Relocation, type RelocationTiming } from '../relocation/relocation.js';
+import type { SeedSettings } from '../relocation/seeds.js';
 import { describeVolume, probeSource, volumeDescribed } from '../relocation/source-identity.js';
 import type { Tracking } from '../volume/dirty.js';
 import { GuestDevice, LinkDevice } from '../volume/faces.js';
-import type { Identity } from '../volume/identity.js';
 import { HashDevice } from '../volume/hash-device.js';
+import type { Identity } from '../volume/identity.js';
 import { createProxied, openPlain, reopen } from '../volume/open.js';
 import type { RetreatProof, RoundCut, Volume } from '../volume/volume.js';
 import type { VolumeService, VolumeStatus } from './service.js';
@@ -66,6 +67,8 @@ export interface OpenVolumeOptions {
   orderFrom?: string;
   /** Where the guest's requests are recorded; default: nowhere. */
   transactionLog?: TransactionLogSettings;
+  /** Images here in which blocks of its source are looked for; default: none. */
+  seeds?: SeedSettings;
   log: Logger;
   timing?: Partial<RelocationTiming>;
 }
@@ -80,7 +83,7 @@ const DEFAULTS: RelocationSettings = {
 
 /** Throws what volume/open.ts, NbdClient.connect and TransactionLog.open throw. */
 export async function openVolumeService(options: OpenVolumeOptions): Promise<VolumeService> {
-  const { mode, log, sourceTls, sourceCompression, orderFrom, timing = {} } = options;
+  const { mode, log, sourceTls, sourceCompression, orderFrom, seeds, timing = {} } = options;
   // First: where it cannot be had, no volume is made.
   const transactionLog =
     options.transactionLog === undefined ? null : TransactionLog.open(options.transactionLog, log);
@@ -100,6 +103,7 @@ export async function openVolumeService(options: OpenVolumeOptions): Promise<Vol
             orderFrom,
             tls: sourceTls,
             compression,
+            seeds,
             log,
             timing,
           });
@@ -247,8 +251,9 @@ class RunningVolume implements VolumeService {
         fromSourceBytes: fromSource,
         demandBytes: traffic?.demandBytes ?? 0,
         backgroundBytes: traffic?.backgroundBytes ?? 0,
-        wireBytes: relocation?.link.wireBytes ?? 0,
+        wireBytes: relocation?.wireBytes ?? 0,
         zeroBytes: traffic?.zeroBytes ?? 0,
+        seedBytes: traffic?.seedBytes ?? 0,
       },
       preCopy: this.#preCopy(),
       tracking: this.#tracking(),

@@ -33,6 +33,8 @@ export interface VolumeStatus {
     backgroundBytes: number;
     wireBytes: number;
     zeroBytes: number;
+    /** Found in a seed: neither of the source's nor over the wire. */
+    seedBytes: number;
   };
   /** Of a standby that copies ahead, or has an old image of the volume: the round it knows, and what is left to copy before the takeover. */
   preCopy: {

@@ -30,6 +30,11 @@ export function migrationsDir(stateDir: string): string {
   return join(stateDir, 'migrations');
 }
 
+/** For indexes of seeds. No volume can be named so. */
+export function seedsDir(stateDir: string): string {
+  return join(stateDir, '.seeds');
+}
+
 /** Whether there is a volume's identity, as an earlier run or another thread left it. */
 export function hasState(stateDir: string, volume: string): boolean {
   return existsSync(join(stateDir, volume, 'volume.json'));

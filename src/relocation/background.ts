@@ -22,6 +22,7 @@ import { Hot, Neighbours, type Order } from './order.js';
 import { Overwritten } from './overwritten.js';
 import { RateLimit } from './rate-limit.js';
 import type { Replay } from './replay.js';
+import { type Copying, type Seeder, SIFTED_BLOCKS_MAX } from './seeder.js';
 import { SourceAllocation } from './source-allocation.js';
 import { type FindRun, STREAM_MS, Streams } from './streams.js';
 import { type LinkWindow, PIECE_BYTES_MAX } from './window.js';
@@ -73,6 +74,8 @@ export interface BackgroundOptions {
   order: BackgroundOrder;
   replay: Replay;
   rateBytesPerSecond: number | null;
+  /** What of the copy's blocks is looked for on this host first; default: nothing. */
+  seeder?: Seeder | null;
   log: Logger;
   /** How long the copy stops after failures. */
   retryAfterErrorMs: number;
@@ -117,18 +120,10 @@ export class Background {
   #rate = 0;
   #rateAtMs = 0;
   #rateBeganMs = 0;
-  readonly #find: FindRun = (first, end) => {
-    const stop = Math.min(end, this.store.blocks);
-    const most = this.#window.pieceBytes / BLOCK_BYTES;
-    if (!this.#ahead) return this.fetcher.nextRun(first, stop, most);
-    for (let from = this.#overwritten.past(first); from < stop; ) {
-      const run = this.fetcher.nextRun(from, stop, most);
-      if (run === undefined) return undefined;
-      from = this.#overwritten.past(run.first);
-      if (from === run.first) return { first: from, end: this.#overwritten.until(from, run.end) };
-    }
-    return undefined;
-  };
+  readonly #find: FindRun = (first, end) => this.#findRun(first, end, this.#window.pieceBytes / BLOCK_BYTES);
+  readonly #seeder: Seeder | null;
+  /** As #find, for what nobody asked for: without what is being looked for on this host. */
+  readonly #findForCopy: FindRun;
 
   constructor(
     private readonly store: BlockStore,
@@ -137,6 +132,13 @@ export class Background {
     private readonly options: BackgroundOptions,
   ) {
     this.#window = link.window;
+    const seeder = options.seeder ?? null;
+    this.#seeder = seeder;
+    const findSifted: FindRun = (first, end) => this.#findRun(first, end, SIFTED_BLOCKS_MAX);
+    this.#findForCopy =
+      seeder === null
+        ? this.#find
+        : (first, end) => seeder.untaken(first, end, seeder.active ? findSifted : this.#find);
     const replaying = [this.#neighbours, options.replay.order];
     this.#orders = { hot: [...replaying, this.#hot], recorded: replaying, linear: [] }[options.order];
     this.#limit = new RateLimit(options.rateBytesPerSecond, PIECE_BYTES_MAX, () => this.#pump());
@@ -197,6 +199,7 @@ export class Background {
     }
     this.#started = true;
     this.#limit.start();
+    this.#seeder?.start(this.#asCopying());
     this.#pump();
   }
 
@@ -209,6 +212,35 @@ export class Background {
     this.#pump();
   }
 
+  /** The first run of [first, end) to copy, `most` blocks long at most. */
+  #findRun(first: number, end: number, most: number): Run | undefined {
+    const stop = Math.min(end, this.store.blocks);
+    if (!this.#ahead) return this.fetcher.nextRun(first, stop, most);
+    for (let from = this.#overwritten.past(first); from < stop; ) {
+      const run = this.fetcher.nextRun(from, stop, most);
+      if (run === undefined) return undefined;
+      from = this.#overwritten.past(run.first);
+      if (from === run.first) return { first: from, end: this.#overwritten.until(from, run.end) };
+    }
+    return undefined;
+  }
+
+  #asCopying(): Copying {
+    const isIdle = (): boolean => this.#inFlightBytes === 0;
+    const { link } = this;
+    return {
+      get idle() {
+        return isIdle();
+      },
+      get linkRate() {
+        return link.window.bytesPerMs;
+      },
+      pump: () => this.#pump(),
+      asked: (bytes) => this.#limit.spend(bytes),
+      seeded: (bytes) => this.#count(bytes, performance.now()),
+    };
+  }
+
   /**
    * No more until `start`. What was learned of the source is forgotten, as it may change meanwhile, and who waits for a range is
    * let go.
@@ -217,6 +249,7 @@ export class Background {
     this.#started = false;
     this.#ahead = false;
     this.#overwritten.clear();
+    this.#seeder?.stop();
     this.#allocation.forget();
     this.#heatEra++;
     this.#heatDue = false;
@@ -343,8 +376,11 @@ export class Background {
       wanted.resolve?.();
     }
     const copies = this.options.enabled && !this.#paused && !this.#blocked && !this.#heatDue;
-    return copies ? this.#nextOfCopy() : undefined;
+    if (!copies) return undefined;
+    return this.#seeder === null ? this.#nextOfCopy() : this.#seeder.next(this.#find, this.#pick);
   }
+
+  readonly #pick = (): Run | undefined => this.#nextOfCopy();
 
   /** What a stream is about to read, without what is known to be zeros there. */
   #nextOf(streams: Streams): Run | undefined {
@@ -390,7 +426,7 @@ export class Background {
 
   #nextOfCopy(): Run | undefined {
     for (const order of this.#orders) {
-      for (let run = order.next(this.#find); run !== undefined; run = order.next(this.#find)) {
+      for (let run = order.next(this.#findForCopy); run !== undefined; run = order.next(this.#findForCopy)) {
         const data = this.#withoutZeroes(run);
         if (data === undefined) return undefined;
         order.taken(data.end);
@@ -403,7 +439,7 @@ export class Background {
   #nextLinear(): Run | undefined {
     const { blocks } = this.store;
     for (let wrapped = false; ; ) {
-      const run = this.#find(this.#cursor, blocks);
+      const run = this.#findForCopy(this.#cursor, blocks);
       if (run === undefined) {
         if (wrapped || this.#cursor === 0) return undefined;
         wrapped = true;

@@ -51,6 +51,8 @@ export interface Traffic {
   throughBytes: number;
   /** Known to be zero, never sent. */
   zeroBytes: number;
+  /** Found in a seed on this host, never sent. */
+  seedBytes: number;
 }
 
 export class Fetcher implements Supplier {
@@ -63,7 +65,13 @@ export class Fetcher implements Supplier {
   #demandsInFlight = 0;
   #demandBytesInFlight = 0;
   readonly demandLatency = new Histogram();
-  readonly traffic: Traffic = { demandBytes: 0, backgroundBytes: 0, throughBytes: 0, zeroBytes: 0 };
+  readonly traffic: Traffic = {
+    demandBytes: 0,
+    backgroundBytes: 0,
+    throughBytes: 0,
+    zeroBytes: 0,
+    seedBytes: 0,
+  };
   /** Told when a range is likely to be wanted. */
   onPrefetch: ((first: number, end: number) => void) | null = null;
   /** Told when the guest has to wait for blocks of a range. */

@@ -97,6 +97,7 @@ interface Waiting {
 export class Link {
   #state: LinkState = 'connecting';
   #error: string | null = null;
+  #exportName: string | null = null;
   #closed = false;
   readonly #clients: (NbdClient | null)[] = [];
   readonly #budgets = {
@@ -140,6 +141,11 @@ export class Link {
 
   get uri(): string {
     return this.options.uri;
+  }
+
+  /** What the source calls the export; null before the first connection, and where it does not say. */
+  get exportName(): string | null {
+    return this.#exportName;
   }
 
   /** What the connections have received, compressed where they are, and with everything around the content. */
@@ -328,6 +334,7 @@ export class Link {
     }
     this.#clients[index] = client;
     this.#alive.add(client);
+    this.#exportName = client.info.name;
     if (this.#state !== 'connected') this.options.log.info({ source: this.uri }, 'source connected');
     this.#state = 'connected';
     this.#error = null;

@@ -15,13 +15,18 @@ import { Fetcher } from './fetcher.js';
 import { LINK_TIMING, Link, type LinkTiming } from './link.js';
 import { CHANGES_TIMEOUT_MS, changesOf } from './pre-copy.js';
 import { Replay } from './replay.js';
+import { type HashesTiming, SourceHashes } from './seed-hashes.js';
+import { Seeder } from './seeder.js';
+import { type SeedSettings, useSeeds } from './seeds.js';
 
 export interface RelocationTiming extends LinkTiming {
   /** How long the background copy stops after failures, and a hand-off that failed waits for its next attempt. */
   readonly retryAfterErrorMs: number;
+  /** Of the connection for hashes; what is absent has its default. */
+  readonly hashes: Partial<HashesTiming>;
 }
 
-export const RELOCATION_TIMING: RelocationTiming = { ...LINK_TIMING, retryAfterErrorMs: 5_000 };
+export const RELOCATION_TIMING: RelocationTiming = { ...LINK_TIMING, retryAfterErrorMs: 5_000, hashes: {} };
 
 export interface RelocationOptions {
   background: boolean;
@@ -35,6 +40,8 @@ export interface RelocationOptions {
   tls?: ClientTlsSettings | undefined;
   /** As in LinkOptions. */
   compression?: Compression | undefined;
+  /** Images here that may have some of the source's blocks; default: none. */
+  seeds?: SeedSettings | undefined;
   log: Logger;
   timing?: Partial<RelocationTiming>;
 }
@@ -43,6 +50,7 @@ export class Relocation {
   readonly link: Link;
   readonly fetcher: Fetcher;
   readonly background: Background;
+  readonly #seeder: Seeder | null;
   readonly #handedOff: Promise<void>;
   #tellHandedOff: () => void = () => undefined;
   #failHandOff: (error: unknown) => void = () => undefined;
@@ -72,12 +80,14 @@ export class Relocation {
       timing: this.#timing,
     });
     this.fetcher = new Fetcher(volume.store, this.link);
+    this.#seeder = this.#makeSeeder(source.uri, known);
     this.background = new Background(volume.store, this.fetcher, this.link, {
       enabled: options.background,
       readAhead: options.readAhead,
       order: options.order,
       replay: new Replay(this.link, volume.firstAccess, size, options.orderFrom ?? null, options.log),
       rateBytesPerSecond: options.rateBytesPerSecond,
+      seeder: this.#seeder,
       log: options.log,
       retryAfterErrorMs: this.#timing.retryAfterErrorMs,
     });
@@ -93,6 +103,20 @@ export class Relocation {
     volume.askChanges = () => this.#changes(true);
     volume.onChange = () => this.#follow();
     this.#follow();
+  }
+
+  #makeSeeder(uri: string, known: { size: number; description: string | null }): Seeder | null {
+    const { seeds, tls, log } = this.options;
+    if (seeds === undefined || seeds.images.length === 0 || !this.options.background) return null;
+    const { store } = this.volume;
+    const exportName = (): string | null => this.link.exportName;
+    const hashes = new SourceHashes({ uri, known, tls, exportName, log, timing: this.#timing.hashes });
+    return new Seeder(store, this.fetcher.traffic, hashes, useSeeds(seeds, log), log);
+  }
+
+  /** What came over the wire, bytes. */
+  get wireBytes(): number {
+    return this.link.wireBytes + (this.#seeder?.wireBytes ?? 0);
   }
 
   /** Why the hand-off did not happen though all blocks are here, if so. */
@@ -135,7 +159,7 @@ export class Relocation {
         { volume: this.volume.name },
         'handed off: every block is local, the source is let go',
       );
-      await this.link.close();
+      await Promise.all([this.link.close(), this.#seeder?.close()]);
       this.#tellHandedOff();
     } catch (error) {
       if (this.#over) return;
@@ -210,7 +234,7 @@ export class Relocation {
     this.#over = true;
     clearTimeout(this.#handOffTimer);
     this.background.stop();
-    await this.link.close();
+    await Promise.all([this.link.close(), this.#seeder?.close()]);
     this.#failHandOff(
       new BlockferryError('closed', `volume ${this.volume.name} was closed before its hand-off`),
     );

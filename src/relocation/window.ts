@@ -73,6 +73,11 @@ export class LinkWindow {
     return Math.max(this.#rateNow, this.#rateBefore);
   }
 
+  /** Of the link, as far as it is known: 0 before the first answer. */
+  get bytesPerMs(): number {
+    return this.#rate;
+  }
+
   /** So much comes that the processors decide. */
   get fast(): boolean {
     return this.#rate >= FAST_BYTES_PER_MS;

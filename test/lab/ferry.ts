@@ -23,6 +23,8 @@ import { type Session, startSession } from '../../src/nbd/server/session.js';
 import type { BackgroundOrder } from '../../src/relocation/background.js';
 import { Link, type LinkOptions } from '../../src/relocation/link.js';
 import type { RelocationTiming } from '../../src/relocation/relocation.js';
+import { describeVolume } from '../../src/relocation/source-identity.js';
+import { hashBlocks } from '../../src/volume/block-hash.js';
 import { type Call, MemoryDevice } from '../fakes/memory-device.js';
 
 export const KIB = 1024;
@@ -147,6 +149,9 @@ export class Lab {
       mode,
       ...(settings.sourceCompression === undefined ? {} : { sourceCompression: settings.sourceCompression }),
       ...(settings.orderFrom === undefined ? {} : { orderFrom: settings.orderFrom }),
+      ...(settings.seeds === undefined
+        ? {}
+        : { seeds: { images: settings.seeds, folder: join(this.dir, 'seeds') } }),
       log,
       timing,
     });
@@ -167,6 +172,7 @@ export const QUICK: Partial<RelocationTiming> = {
   backoffMsMax: 20,
   spareBackoffMs: 50,
   retryAfterErrorMs: 50,
+  hashes: { backoffMsMin: 5, backoffMsMax: 20, giveUpMs: 20, answerTimeoutMs: 600_000 },
 };
 
 export interface ProxyOptions {
@@ -182,6 +188,7 @@ export interface ProxyOptions {
   rateBytesPerSecond?: number | null;
   sourceTimeoutMs?: number | null;
   sourceCompression?: Compression;
+  seeds?: readonly string[];
   timing?: Partial<RelocationTiming>;
 }
 
@@ -192,6 +199,12 @@ class Server {
   /** Connections that finished their handshake, ever. */
   accepted = 0;
   description = '';
+  /** What its blocks hash to, beside it; null: it has no such export. */
+  hashes: BlockDevice | null = null;
+  /** What that says of itself; null: what the volume says. */
+  hashesDescription: string | null = null;
+  /** How often it was asked for. */
+  hashesOpened = 0;
 
   constructor(readonly path: string) {}
 
@@ -206,25 +219,29 @@ class Server {
 
   /** `open` gives what a connection is served, `device` what it is told of it before. */
   async serve(device: () => BlockDevice, open = device): Promise<void> {
-    const entry = (): ExportEntry => {
-      const { size, readOnly, contexts, multiConn } = device();
-      const { description } = this;
-      return {
-        name: 'disk',
-        description,
-        size,
-        readOnly,
-        contexts,
-        preferredBlock: 4096,
-        multiConn,
-        open,
-      };
+    const entryOf = (name: string, of: () => BlockDevice, opened = of): ExportEntry => {
+      const { size, readOnly, contexts, multiConn } = of();
+      const description = (name === 'disk' ? null : this.hashesDescription) ?? this.description;
+      return { name, description, size, readOnly, contexts, preferredBlock: 4096, multiConn, open: opened };
+    };
+    const entry = (): ExportEntry => entryOf('disk', device, open);
+    const companion = (): ExportEntry | undefined => {
+      const { hashes } = this;
+      if (hashes === null) return undefined;
+      return entryOf(
+        'disk/sha256',
+        () => hashes,
+        () => {
+          this.hashesOpened++;
+          return hashes;
+        },
+      );
     };
     this.#listener = await Listener.open({
       addresses: [{ kind: 'unix', path: this.path }],
       exports: {
         list: () => [entry()],
-        find: (name) => (name === '' ? entry() : undefined),
+        find: (name) => (name === '' ? entry() : name === 'disk/sha256' ? companion() : undefined),
         shuttingDown: false,
       },
       startSession: (socket, parameters) => {
@@ -255,6 +272,16 @@ class Server {
 }
 
 export class Source extends Server {
+  /** It is a blockferry's, and tells what its blocks hash to. The device is where that is told. */
+  tellHashes(): MemoryDevice {
+    const hashes = hashBlocks(this.device.data);
+    const device = new MemoryDevice(hashes.length, { multiConn: true });
+    device.data.set(hashes);
+    this.description = describeVolume(VOLUME_ID, 1);
+    this.hashes = device;
+    return device;
+  }
+
   /** What the n-th connection (from 0) is served, in place of `device`. */
   deviceOf: ((connection: number) => BlockDevice) | null = null;
   #opened = 0;

@@ -1,10 +1,12 @@
 /** Any guest, any source that breaks: what the guest reads, and the image in the end, equal a model of its answered requests. */
 import assert from 'node:assert/strict';
-import { readFileSync } from 'node:fs';
+import { closeSync, openSync, readFileSync, writeFileSync, writeSync } from 'node:fs';
+import { join } from 'node:path';
 import { mock, type TestContext, test } from 'node:test';
 import fc from 'fast-check';
 import { Errno } from '../../src/nbd/constants.js';
 import { LinkWindow } from '../../src/relocation/window.js';
+import { HASH_BYTES } from '../../src/volume/block-hash.js';
 import { assertBlocks, BLOCK, Lab, pattern, readAt, writeAt } from '../lab/ferry.js';
 
 const SIZE = 96 * BLOCK + 700;
@@ -14,7 +16,7 @@ type Step =
   | { kind: 'write'; offset: number; length: number; fill: number; fua: boolean }
   | { kind: 'prefetch'; offset: number; length: number }
   | { kind: 'flush' | 'cut' | 'down' | 'up' | 'hold' | 'release' | 'wait' | 'restart' }
-  | { kind: 'fail'; block: number };
+  | { kind: 'fail' | 'spoil'; block: number };
 
 const place = fc
   .tuple(
@@ -46,7 +48,9 @@ const step: fc.Arbitrary<Step> = fc.oneof(
   },
   {
     weight: 1,
-    arbitrary: fc.integer({ min: 0, max: 97 }).map((block) => ({ kind: 'fail' as const, block })),
+    arbitrary: fc
+      .tuple(fc.integer({ min: 0, max: 97 }), fc.constantFrom('fail' as const, 'spoil' as const))
+      .map(([block, kind]) => ({ kind, block })),
   },
 );
 
@@ -64,6 +68,16 @@ interface Settings {
   sparse: boolean;
   /** Threads write what the copy brings. */
   fast: boolean;
+  /** There is a seed with most of the source's blocks, elsewhere; and what the source says of hashes. */
+  seeded: 'no' | 'well' | 'lies' | 'fails';
+}
+
+/** Every third block is missing, and the others are in another order. */
+function seedOf(data: Buffer): Buffer {
+  const blocks: Buffer[] = [];
+  for (let at = 0; at < data.length; at += BLOCK)
+    if ((at / BLOCK) % 3 !== 0) blocks.unshift(data.subarray(at, at + BLOCK));
+  return Buffer.concat(blocks);
 }
 
 async function run(steps: readonly Step[], settings: Settings): Promise<void> {
@@ -83,14 +97,22 @@ async function run(steps: readonly Step[], settings: Settings): Promise<void> {
 async function runIn(
   lab: Lab,
   steps: readonly Step[],
-  { background, readAhead, sparse }: Settings,
+  { background, readAhead, sparse, seeded }: Settings,
 ): Promise<void> {
   const model = pattern(SIZE);
   if (sparse) model.fill(0, 20 * BLOCK, 60 * BLOCK);
   const source = await lab.source(SIZE, { data: model });
   if (sparse) source.tellZeroes(512);
   const order = readAhead ? 'hot' : 'linear';
-  let proxy = await lab.proxy(source, { background, readAhead, order });
+  const seed = join(lab.dir, 'seed.img');
+  writeFileSync(seed, seedOf(model));
+  const seeds = seeded === 'no' ? {} : { seeds: [seed] };
+  if (seeded !== 'no') {
+    const hashes = source.tellHashes();
+    if (seeded === 'lies') hashes.data.fill(1, 40 * HASH_BYTES + 1, 60 * HASH_BYTES + 1);
+    if (seeded === 'fails') hashes.failure = ({ offset }) => (offset > 60 * HASH_BYTES ? Errno.EIO : 0);
+  }
+  let proxy = await lab.proxy(source, { background, readAhead, order, ...seeds });
   let guest = await proxy.guest();
   let up = true;
   /** Requests in flight; no two overlap, so that the model is certain. */
@@ -179,13 +201,19 @@ async function runIn(
       case 'fail':
         source.failBlocks([step.block]);
         break;
+      case 'spoil': {
+        const file = openSync(seed, 'r+');
+        writeSync(file, `spoilt ${step.block}`, step.block * BLOCK + 100);
+        closeSync(file);
+        break;
+      }
       case 'wait':
         await settleAll();
         break;
       case 'restart':
         await settleAll();
         await inTime('a restart', 5000, proxy.close());
-        proxy = await proxy.restart({ background });
+        proxy = await proxy.restart({ background, ...seeds });
         guest = await proxy.guest();
         break;
     }
@@ -207,6 +235,7 @@ test('a guest over a source whose connections break', async () => {
         readAhead: fc.boolean(),
         sparse: fc.boolean(),
         fast: fc.boolean(),
+        seeded: fc.constantFrom('no' as const, 'well' as const, 'lies' as const, 'fails' as const),
       }),
       run,
     ),

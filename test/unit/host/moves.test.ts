@@ -2,7 +2,7 @@
 
 import assert from 'node:assert/strict';
 import { once } from 'node:events';
-import { mkdirSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:net';
 import { join } from 'node:path';
 import { test } from 'node:test';
@@ -13,7 +13,7 @@ import type { DaemonParts } from '../../../src/host/parts.js';
 import { NbdClient } from '../../../src/nbd/client/client.js';
 import { startSession } from '../../../src/nbd/server/session.js';
 import type { Volume } from '../../../src/volume/volume.js';
-import { quiet, until } from '../../lab/ferry.js';
+import { pattern, quiet, until } from '../../lab/ferry.js';
 import { type RealHost, RealHosts, SIZE, VM } from '../../support/real-hosts.js';
 import { FakeParts } from './fakes.js';
 
@@ -316,3 +316,40 @@ async function untilAnswered<Answer>(ask: () => Promise<Answer>): Promise<Answer
     await new Promise((resolve) => setTimeout(resolve, 5));
   }
 }
+
+test('a volume that arrives takes what a seed of its host has from there', async (t) => {
+  const hosts = new RealHosts(t);
+  const content = pattern(SIZE);
+  writeFileSync(hosts.image, content);
+  const a = await hosts.withMachine('a');
+  const seed = join(hosts.folder, 'template.img');
+  writeFileSync(seed, content.subarray(0, SIZE / 2));
+  const b = await hosts.start('b', { seeds: [join(hosts.folder, 'is-not-there.img'), seed] });
+  const indexes = join(b.stateDir, '.seeds');
+  await until(() => existsSync(indexes) && readdirSync(indexes).length === 1, 'the host indexes its seeds');
+  const disk = await a.client.volume('disk');
+  assert.ok(disk.phase === 'plain' && disk.linkUri !== null);
+  const { id: volumeId, generation, linkUri: sourceUri } = disk;
+  // Nothing but a first piece comes over the link before there are hashes.
+  const rateBytesPerSecond = SIZE / 2;
+  await b.client.createVolume({
+    name: 'disk',
+    size: SIZE,
+    volumeId,
+    generation,
+    sourceUri,
+    rateBytesPerSecond,
+  });
+  await a.client.seal('disk', generation + 1);
+  await b.client.takeover('disk', generation + 1);
+  const guest = await NbdClient.connect(`nbd+unix:///disk?socket=${hosts.guestSocket('b')}`);
+  t.after(() => guest.destroy());
+  await guest.write(0, content.subarray(0, 4096)); // the machine runs there
+  const { done, volume: after } = await b.client.waitHandoff('disk', 20_000);
+  assert.ok(done && after.phase === 'plain');
+  const { seedBytes, fromSourceBytes, wireBytes } = after.traffic;
+  assert.ok(seedBytes >= SIZE / 4, `${seedBytes} bytes from the seed`);
+  assert.ok(seedBytes + fromSourceBytes >= SIZE - 4096, `${fromSourceBytes} bytes from the source`);
+  assert.ok(wireBytes >= fromSourceBytes + (SIZE / 4096) * 24, 'hashes cross the wire, too');
+  assert.deepEqual(readFileSync(after.image), content);
+});

@@ -38,7 +38,10 @@ test('brings every block once, in ascending order, and hands off', async (t) => 
   // How long a piece is follows the rate, which a busy machine lowers.
   const reads = source.reads.map(({ offset, length }) => [offset, offset + length] as const);
   reads.sort((a, b) => a[0] - b[0]);
-  assert.deepEqual(reads.map(([from]) => from), [0, ...reads.slice(0, -1).map(([, to]) => to)]);
+  assert.deepEqual(
+    reads.map(([from]) => from),
+    [0, ...reads.slice(0, -1).map(([, to]) => to)],
+  );
   assert.deepEqual(source.reads[0], { kind: 'read', offset: 0, length: BULK, flags: 0 });
   const { phase, presentBytes, background, traffic } = proxy.status;
   assert.deepEqual([phase, presentBytes, background.state], ['plain', 8 * MIB, 'done']);
