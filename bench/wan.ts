@@ -8,13 +8,16 @@
  *     demand        4 KiB reads at depth 1 that have to wait, while the copy fills a line of 40 ms, 100 Mbit/s; and that copy alone
  *     relocate      a file system of this machine's programs, half full, from `blockferry serve`: 20 ms, 100 Mbit/s; beside what its blocks
  *                   that are not zero take there, compressed in pieces of 1 MiB by zstd's level 3
+ *     seeded        the same, cloned from a template that is at the destination as well, and changed by 3 %: with `--seed` and without
  *     copy          a whole image without a line, beside nbdcopy
  */
 
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import {
   copyFileSync,
+  cpSync,
   lstatSync,
   mkdirSync,
   mkdtempSync,
@@ -34,6 +37,7 @@ import { runLoad } from '../src/bench/load.js';
 import { ourWords, Program } from '../src/bench/program.js';
 import { medianOf } from '../src/bench/statistics.js';
 import { textTable } from '../src/bench/table.js';
+import type { ServedVolume, VolumeView } from '../src/host/control/api.js';
 import { ControlClient } from '../src/host/control/client.js';
 import { controlSocketPath } from '../src/host/state-dir.js';
 import { packageRoot } from '../src/native/index.js';
@@ -340,6 +344,87 @@ function compressedBytes(path: string): number {
   return sum;
 }
 
+/** A whole image over the line, from `serve` to `proxy`. `prepare` is given the proxy's state folder before its start. */
+async function relocated(
+  bench: Bench,
+  lab: WanLab,
+  image: string,
+  options: string[],
+  prepare: (stateDir: string) => void = () => {},
+  keep: (stateDir: string) => void = () => {},
+): Promise<{ ms: number; bytes: number; traffic: ServedVolume['traffic'] }> {
+  const folder = join(bench.folder, String(turns++));
+  mkdirSync(folder);
+  const at = { folder, image, original: image, transport: 'unix' as const };
+  const address = { kind: 'tcp' as const, host: lab.a.address, port: PORT };
+  const source = new Program(inside(lab.a, ourWords(at, address, 'serve', image, '--read-only')));
+  const uri = `nbd://${lab.a.address}:${PORT}/disk`;
+  await reachable(lab.b, uri);
+  const place = { folder: join(folder, 'b'), host: lab.b, source: uri, bytes: lstatSync(image).size };
+  const stateDir = join(place.folder, 'state');
+  mkdirSync(place.folder);
+  prepare(stateDir);
+  let view: VolumeView | null = null;
+  const { bytes, ms } = await bytesOver(lab, async () => {
+    const proxy = await PROXIES[0]!.start(place, true, options);
+    const client = new ControlClient(proxy.control!);
+    const { done, volume } = await client.waitHandoff('disk', HANDOFF_TIMEOUT_MS);
+    client.close();
+    if (!done) throw new Error('the proxy did not hand off');
+    view = volume;
+    await proxy.stop();
+  });
+  await source.stop();
+  if (!readFileSync(image).equals(readFileSync(join(place.folder, 'disk.img'))))
+    throw new Error('the copy differs');
+  keep(stateDir);
+  rmSync(folder, { recursive: true });
+  return { ms, bytes, traffic: (view as unknown as ServedVolume).traffic };
+}
+
+/** A disk cloned from a template that is at the destination as well; since then files that are about 3 % of its data came to it. */
+async function seeded(bench: Bench): Promise<Samples> {
+  const samples: Samples = {};
+  const template = join(bench.folder, 'template.img');
+  const image = join(bench.folder, 'clone.img');
+  fileSystem(template, 512 * MIB, bench.folder);
+  copyFileSync(template, image);
+  const file = join(bench.folder, 'file');
+  for (let number = 0; number < 8; number++) {
+    writeFileSync(file, randomBytes(MIB));
+    execFileSync('debugfs', ['-w', '-R', `write ${file} new${number}`, image], { stdio: 'ignore' });
+  }
+  const indexes = join(bench.folder, 'indexes');
+  const lab = await WanLab.create({ rttMs: 20, rateBitsPerSecond: 100e6, queueMs: 100 });
+  const seed = ['--seed', template];
+  try {
+    for (let round = 0; round < rounds; round++) {
+      for (const [name, options] of [
+        ['no seed', []],
+        ['seed, not indexed yet', seed],
+        ['seed, indexed', seed],
+      ] as const) {
+        tell(`round ${round + 1} of ${rounds}: ${name}`);
+        const fromIndexed = (stateDir: string): void => {
+          if (name === 'seed, indexed') cpSync(indexes, join(stateDir, '.seeds'), { recursive: true });
+        };
+        const keep = (stateDir: string): void => {
+          if (name === 'seed, not indexed yet')
+            cpSync(join(stateDir, '.seeds'), indexes, { recursive: true });
+        };
+        const { ms, bytes, traffic } = await relocated(bench, lab, image, [...options], fromIndexed, keep);
+        add(samples, `${name}: seconds, start and end of the proxy included`, ms / 1000);
+        add(samples, `${name}: MiB over the line`, bytes / MIB);
+        add(samples, `${name}: MiB of blocks from the source`, traffic.fromSourceBytes / MIB);
+        add(samples, `${name}: MiB from the seed`, traffic.seedBytes / MIB);
+      }
+    }
+  } finally {
+    await lab.close();
+  }
+  return samples;
+}
+
 async function relocate(bench: Bench): Promise<Samples> {
   const samples: Samples = {};
   const rate = 100e6;
@@ -351,31 +436,7 @@ async function relocate(bench: Bench): Promise<Samples> {
     for (let round = 0; round < rounds; round++) {
       for (const compression of ['auto', '3', 'off']) {
         tell(`round ${round + 1} of ${rounds}: relocate, compression ${compression}`);
-        const folder = join(bench.folder, String(turns++));
-        mkdirSync(folder);
-        const at = { folder, image, original: image, transport: 'unix' as const };
-        const address = { kind: 'tcp' as const, host: lab.a.address, port: PORT };
-        const source = new Program(inside(lab.a, ourWords(at, address, 'serve', image, '--read-only')));
-        await reachable(lab.b, `nbd://${lab.a.address}:${PORT}/disk`);
-        const place = {
-          folder: join(folder, 'b'),
-          host: lab.b,
-          source: `nbd://${lab.a.address}:${PORT}/disk`,
-          bytes: 512 * MIB,
-        };
-        mkdirSync(place.folder);
-        const proxy = await PROXIES[0]!.start(place, true, ['--compression', compression]);
-        const began = performance.now();
-        const client = new ControlClient(proxy.control!);
-        const { done } = await client.waitHandoff('disk', HANDOFF_TIMEOUT_MS);
-        const ms = performance.now() - began;
-        client.close();
-        if (!done) throw new Error('the proxy did not hand off');
-        await proxy.stop();
-        await source.stop();
-        if (!readFileSync(image).equals(readFileSync(join(place.folder, 'disk.img'))))
-          throw new Error('the copy differs');
-        rmSync(folder, { recursive: true });
+        const { ms } = await relocated(bench, lab, image, ['--compression', compression]);
         add(samples, `${compression}: seconds`, ms / 1000);
         add(samples, `${compression}: by the compressed bytes' time`, ms / leastMs);
       }
@@ -422,6 +483,7 @@ const CASES: Record<string, (bench: Bench) => Promise<Samples>> = {
   random,
   demand,
   relocate,
+  seeded,
   copy,
 };
 
