@@ -112,7 +112,7 @@ class Collection {
 
 export class SeedIndex {
   readonly #segments: Segment[] = [];
-  /** Null: another process builds, if anybody does. */
+  /** Null: others build, if anybody does. */
   #collection: Collection | null = null;
   /** Of the image: how far it was looked at. */
   #at = 0;
@@ -160,7 +160,7 @@ export class SeedIndex {
     return this.#segments.length > 0;
   }
 
-  /** Takes the building on, unless another process has it. What others have built meanwhile is known then. */
+  /** Takes the building on, unless there is none to do, or another has it. What others have built meanwhile is known then. */
   claim(): boolean {
     if (!native.lockFile(this.fd, true)) {
       this.refresh();
@@ -170,9 +170,20 @@ export class SeedIndex {
       this.#segments.length = 0;
       ftruncateSync(this.fd, 0); // of another file, or damaged
     }
+    if (this.complete) {
+      this.#unlock();
+      return false;
+    }
     this.#collection = new Collection();
     this.#at = this.#segments.length * SEGMENT_BYTES;
     return true;
+  }
+
+  /** The lock is its description's: a new one has none. So nobody is kept from building it anew when the image has changed. */
+  #unlock(): void {
+    const locked = this.fd;
+    this.fd = openSync(`/proc/self/fd/${locked}`, constants.O_RDWR);
+    closeSync(locked);
   }
 
   /** Reads the first page anew; false: it is none of ours. */
@@ -233,15 +244,8 @@ export class SeedIndex {
     page.write(JSON.stringify({ format: 1, file: this.file, segments }), HASH_BYTES);
     createHash('sha256').update(page.subarray(HASH_BYTES)).digest().copy(page);
     writeWhole(this.fd, page, 0);
-    if (!this.complete) {
-      this.#collection = new Collection();
-      return;
-    }
-    // Another description: nobody is kept from building it anew when the image has changed.
-    this.#collection = null;
-    const locked = this.fd;
-    this.fd = openSync(`/proc/self/fd/${locked}`, constants.O_RDWR);
-    closeSync(locked);
+    this.#collection = this.complete ? null : new Collection();
+    if (this.complete) this.#unlock();
   }
 
   /** Blocks of the image that may have this hash, at hashes[at...]: one a segment at most. */

@@ -46,35 +46,38 @@ function open(path: string): Seed | null {
   }
 }
 
-/** One bit of an index's building, or a look at what another process has built, and so on until it is complete. */
-function build(seed: Seed, mine: boolean, done: () => void): void {
-  const { path, index } = seed;
-  let ours = mine;
-  try {
-    if (ours) index.build();
-    else if (!index.complete) ours = index.claim();
-  } catch (error) {
-    say({ kind: 'trouble', path, why: messageOf(error) });
-    done();
-    return;
-  }
-  if (index.usable && !told) {
-    told = true;
-    say({ kind: 'usable' });
-  }
-  if (index.complete) done();
-  else if (ours) setImmediate(() => build(seed, true, done));
-  else setTimeout(() => build(seed, false, done), OTHERS_MS);
+function tellUsable({ index }: Seed): void {
+  if (told || !index.usable) return;
+  told = true;
+  say({ kind: 'usable' });
 }
 
-function buildAll(): void {
-  let left = seeds.length;
-  const done = (): void => {
-    left--;
-    if (left === 0) say({ kind: 'built' });
-  };
-  if (left === 0) say({ kind: 'built' });
-  for (const seed of seeds) build(seed, false, done);
+/** Takes on the next index that nobody builds; one at a time, for the memory it takes. */
+function buildNext(left: Set<Seed>): void {
+  for (const seed of left) {
+    const mine = seed.index.claim();
+    tellUsable(seed);
+    if (mine) {
+      build(seed, left);
+      return;
+    }
+    if (seed.index.complete) left.delete(seed);
+  }
+  if (left.size === 0) say({ kind: 'built' });
+  else setTimeout(() => buildNext(left), OTHERS_MS);
+}
+
+/** Step by step: questions are answered in between. */
+function build(seed: Seed, left: Set<Seed>): void {
+  try {
+    seed.index.build();
+  } catch (error) {
+    say({ kind: 'trouble', path: seed.path, why: messageOf(error) });
+    left.delete(seed);
+  }
+  tellUsable(seed);
+  if (left.has(seed) && !seed.index.complete) setImmediate(() => build(seed, left));
+  else setImmediate(() => buildNext(left));
 }
 
 /** Reads the block that has the hash at hashes[at...] into content[to, to + length); false: it is nowhere. */
@@ -109,4 +112,4 @@ for (const path of images) {
   const seed = open(path);
   if (seed !== null) seeds.push(seed);
 }
-buildAll();
+buildNext(new Set(seeds));
