@@ -8,6 +8,7 @@
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import { NbdClient, NbdReplyError } from '../nbd/client/client.js';
+import { Errno } from '../nbd/constants.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { formatNbdUri, parseNbdUri } from '../nbd/uri.js';
 import { HASH_BYTES } from '../volume/block-hash.js';
@@ -102,8 +103,9 @@ export class SourceHashes {
     try {
       return await client.read(first * HASH_BYTES, (end - first) * HASH_BYTES);
     } catch (error) {
-      if (error instanceof BlockferryError && error.cause instanceof NbdReplyError)
-        this.giveUp(messageOf(error));
+      const cause = error instanceof BlockferryError ? error.cause : undefined;
+      // A block that the source cannot read has no hash. All else is a source that has none now.
+      if (cause instanceof NbdReplyError && cause.errno !== Errno.EIO) this.giveUp(messageOf(error));
       return null;
     }
   }

@@ -36,7 +36,7 @@ import { HASH_BYTES, hashBlocks, ZERO_HASH } from '../volume/block-hash.js';
 import { BLOCK_BYTES, blocksOf } from '../volume/blocks.js';
 
 export const SEED_BYTES_MAX = 2 ** 40;
-/** Of the image, indexed as one: in memory until that is done, about 35 MiB. */
+/** Of the image, indexed as one: in memory until that is done, up to 60 MiB. */
 export const SEGMENT_BYTES = 4 * 2 ** 30;
 /** Read, and hashed, in one step. */
 const STEP_BYTES = 1 << 20;

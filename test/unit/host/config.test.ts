@@ -44,6 +44,8 @@ describe('configuration', () => {
       '/etc/template.record',
     );
     assert.equal(parseConfig('name: x', '/').link, '127.0.0.1:0');
+    assert.deepEqual(config.seeds, []);
+    assert.deepEqual(parseConfig('name: x\nseeds: [a.img, /b.img]', '/etc').seeds, ['/etc/a.img', '/b.img']);
   });
 
   test('says where what is wrong', () => {
@@ -62,6 +64,7 @@ describe('configuration', () => {
       /vms\[0\]\.disks\[0\]\.node/,
     );
     refused('name: a\nstopTimeoutSeconds: -1', /stopTimeoutSeconds/);
+    refused(`name: a\nseeds: [${Array(17).fill('x')}]`, /seeds/);
     refused('[1, 2]', /the file: expected object/);
     refused('name: "a', /no YAML/);
     refused('name: a\nname: b', /no YAML/);

@@ -179,6 +179,16 @@ test('hashes that fail are done without', async (t) => {
   assert.deepEqual([traffic.seedBytes, traffic.backgroundBytes], [0, SIZE]);
 });
 
+test('a block that the source cannot read costs its run, and nothing else', async (t) => {
+  const lab = new Lab(t);
+  const source = await lab.source(SIZE);
+  source.tellHashes().failure = ({ offset, length }) =>
+    offset <= 70 * HASH_BYTES && offset + length > 70 * HASH_BYTES ? Errno.EIO : 0;
+  const path = await seed(lab, source.device.data);
+  const traffic = await finished(await ready(lab, source, [path]), source);
+  assert.deepEqual([traffic.backgroundBytes, source.hashesOpened], [64 * BLOCK, 1]);
+});
+
 test('hashes that do not come hold up nobody: the guest not at all, the copy for a moment', async (t) => {
   const lab = new Lab(t);
   const source = await lab.source(SIZE);
