@@ -26,9 +26,15 @@ import type { Run } from './zero-map.js';
 
 /** Blocks of one run: 256 KiB, whose hashes are 2 KiB. */
 export const SIFTED_BLOCKS_MAX = 64;
-/** Taken, in all: what covers a long round trip. */
+/** Taken, in all. */
 const TAKEN_BYTES_MAX = 16 << 20;
 const TAKEN_RUNS_MAX = 512;
+/** Of what is taken, so much is expected to be left for the link: what covers a long round trip, and no more, as what is more urgent queues behind it. */
+const LEFT_BYTES_MIN = 1 << 20;
+const LEFT_MS = 400;
+/** The weight of one run in the share that is left. */
+const SHARE_WEIGHT = 1 / 16;
+const SHARE_MIN = 1 / 64;
 /** The copy may be idle for so long over what it would have fetched meanwhile. */
 const LOST_MS_MAX = 2_000;
 const LOOK_MS = 100;
@@ -64,6 +70,8 @@ export class Seeder {
   /** Sifted: to be fetched, if still missing. */
   #ready: Run[] = [];
   #timer: NodeJS.Timeout | undefined;
+  /** Of what was sifted lately, the share that had to be fetched. */
+  #leftShare = 0.5;
   #lostMs = 0;
   #lookedAtMs = 0;
 
@@ -142,7 +150,9 @@ export class Seeder {
   }
 
   get #hasRoom(): boolean {
-    return this.#takenBytes < TAKEN_BYTES_MAX && this.#sifts.size + this.#ready.length < TAKEN_RUNS_MAX;
+    const left = Math.max(LEFT_BYTES_MIN, LEFT_MS * (this.#copying?.linkRate ?? 0));
+    const bytesMax = Math.min(TAKEN_BYTES_MAX, left / Math.max(SHARE_MIN, this.#leftShare));
+    return this.#takenBytes < bytesMax && this.#sifts.size + this.#ready.length < TAKEN_RUNS_MAX;
   }
 
   #giveBack(first: number, end: number): void {
@@ -159,9 +169,10 @@ export class Seeder {
     const { epoch } = this.store;
     this.#copying?.asked((end - first) * HASH_BYTES);
     const hashes = await this.hashes.of(first, end);
-    if (hashes !== null && !sift.over) await this.#fillWhatIsHere(sift, epoch, hashes);
+    const filled = hashes === null || sift.over ? 0 : await this.#fillWhatIsHere(sift, epoch, hashes);
     if (sift.over) return;
     this.#over(sift);
+    this.#leftShare += (1 - filled / (end - first) - this.#leftShare) * SHARE_WEIGHT;
     this.#lostMs = Math.max(0, this.#lostMs - ((end - first) * BLOCK_BYTES) / this.#missedRate);
     this.#copying?.pump();
   }
@@ -173,7 +184,9 @@ export class Seeder {
     this.#look();
   }
 
-  async #fillWhatIsHere(sift: Sift, epoch: number, hashes: Uint8Array): Promise<void> {
+  /** Resolves with the number of blocks. */
+  async #fillWhatIsHere(sift: Sift, epoch: number, hashes: Uint8Array): Promise<number> {
+    let filled = 0;
     const { first, end } = sift.run;
     const { size } = this.store.image;
     const bytes = bytesOfBlocks(first, end, size);
@@ -182,12 +195,15 @@ export class Seeder {
       const kind = kindOf(hashes, found, block - first);
       let past = block + 1;
       while (past < end && kindOf(hashes, found, past - first) === kind) past++;
-      if (sift.over || epoch !== this.store.epoch) return;
-      const errno = kind === 'missing' ? Errno.OK : await this.#fill(epoch, block, past, first, found);
-      // What could not be written is fetched, and then the copy sees to it.
-      if (errno !== Errno.OK) return;
+      if (sift.over || epoch !== this.store.epoch) return filled;
+      if (kind !== 'missing') {
+        // What could not be written is fetched, and then the copy sees to it.
+        if ((await this.#fill(epoch, block, past, first, found)) !== Errno.OK) return filled;
+        filled += past - block;
+      }
       block = past;
     }
+    return filled;
   }
 
   /** Blocks of zeros, where `found` has nothing. Resolves with an errno. */

@@ -123,7 +123,7 @@ function found(blocks: number, which: readonly number[]): Found {
 test('a run is given back without what was found, which is filled in runs', async (t) => {
   const bench = new Bench(t);
   assert.equal(bench.next(), undefined);
-  assert.equal(bench.asked.length, 32, 'all of the copy, ahead');
+  assert.equal(bench.asked.length, 8, 'as if half of them had to be fetched');
   const [first] = bench.asked;
   assert.deepEqual([first!.first, first!.end], [0, 64]);
   first!.answer(hashes(64, [10, 11, 50]));
@@ -186,6 +186,23 @@ test('what is taken is bounded', async (t) => {
   bench.asked[0]!.answer(null);
   await quiet(2);
   assert.deepEqual(bench.next(), { first: 0, end: 1 });
+});
+
+test('it looks further ahead the more it finds', async (t) => {
+  const [all, nothing] = [new Bench(t), new Bench(t)];
+  for (const bench of [all, nothing]) {
+    const blocks = bench === all ? Array.from({ length: 64 }, (_, i) => i) : [];
+    for (let run = 0; run < 12; run++) {
+      bench.next();
+      bench.asked[run]!.answer(hashes(64));
+      await quiet(1);
+      bench.looked[run]!.answer(found(64, blocks));
+      await quiet(1);
+      for (let left = bench.next(); left !== undefined; left = bench.next())
+        bench.missing.fill(false, left.first, left.end);
+    }
+  }
+  assert.deepEqual([all.asked.length, nothing.asked.length], [12 + 17, 12 + 6]);
 });
 
 test('a copy that is idle for its sake goes on without, however far the sifting is', async (t) => {
