@@ -216,4 +216,27 @@ describe('a source that fails', () => {
     fail(new Error('nobody hears this'));
     await turns();
   });
+
+  test('that takes too long because it tells little at a time is not asked for ever', async (t) => {
+    mock.timers.enable({ apis: ['setTimeout'] });
+    t.after(() => mock.timers.reset());
+    let asked = 0;
+    const drips: ChangesSource = {
+      dirty: async () => {
+        asked++;
+        await turns(1);
+        return [{ length: 1, flags: round() }];
+      },
+    };
+    const list = changesOf(drips, question({ timeoutMs: 250 }));
+    const refused = assert.rejects(list, failsWith('source-unreachable'));
+    await turns(10);
+    assert.ok(asked > 1);
+    mock.timers.tick(250);
+    await refused;
+    await turns(5);
+    const last = asked;
+    await turns(20);
+    assert.equal(asked, last);
+  });
 });
