@@ -1,6 +1,6 @@
 /** A standby that has blocks before its takeover: what is kept, what is dropped, and what a kill or a crash of the machine leaves. */
 import assert from 'node:assert/strict';
-import { existsSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { describe, test } from 'node:test';
 import { ALLOCATION_DEPTH, Errno } from '../../../src/nbd/constants.js';
 import { LATER } from '../../../src/nbd/device.js';
@@ -234,6 +234,26 @@ describe('a takeover', () => {
     await assert.rejects(volume.takeover(5), failsWith('image-io'));
     assert.equal(volume.phase, 'standby');
     await assert.rejects(volume.close(), failsWith('image-io'));
+  });
+
+  test('that cannot be stored is none, and the standby goes without a trace', async () => {
+    for (const killed of [false, true]) {
+      const root = host();
+      const volume = await ahead(root);
+      tells(volume, { runs: [], cookie: ROUND });
+      const { identity } = volume;
+      const real = identity.update.bind(identity);
+      identity.update = () => Promise.reject(new Error('no space'));
+      await assert.rejects(volume.takeover(5), /no space/);
+      identity.update = real;
+      assert.equal(volume.store.dirty, null);
+      const left = killed ? afterKill(root) : root;
+      const standby = killed ? await reopened(left) : volume;
+      assert.equal(standby.phase, 'standby');
+      await standby.cancel();
+      assert.deepEqual(readdirSync(folderOf(left)), [], killed ? 'killed' : 'cancelled');
+      await volume.close();
+    }
   });
 
   test('begins to track the changes, so that the volume can go home, until it is taken back', async () => {
