@@ -336,14 +336,13 @@ export class Volume {
         const written = this.identity.current.takesOverAtWrite;
         await this.#forget(changes);
         // Without room for it the volume moves all the same; it cannot go home with only what changed then.
-        const dirty = await this.#startTracking(this.generation).catch(() => null);
+        this.store.dirty = await this.#startTracking(this.generation).catch(() => null);
         try {
           await this.identity.update({ phase: 'relocating', generation, written, preCopy: null });
         } catch (error) {
-          dirty?.unmap();
+          await this.#endTracking();
           throw error;
         }
-        this.store.dirty = dirty;
         this.#enter();
         this.store.retryParked();
       }
