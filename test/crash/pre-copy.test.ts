@@ -298,6 +298,10 @@ describe('a volume that comes home', () => {
 
 describe('at random', { skip: LONG }, () => {
   const random = new Random(SEED);
+  /** In the midst of the call, or of what follows. */
+  async function later(act: () => Promise<void>): Promise<void> {
+    moves.beside.push(delay(random.below(40)).then(act));
+  }
 
   for (let number = 0; number < MOVES; number++) {
     test(`move ${number}`, async (t) => {
@@ -307,6 +311,8 @@ describe('at random', { skip: LONG }, () => {
       const acts: [string, () => Promise<void>][] = [
         ['the source is killed', () => from.restart()],
         ['the destination is killed', () => to.restart()],
+        ['the source is killed a little later', () => later(() => from.restart())],
+        ['the destination is killed a little later', () => later(() => to.restart())],
         ['both are killed', async () => void (await Promise.all([from.restart(), to.restart()]))],
         ['the coordinator is killed', () => Promise.reject(new Killed())],
         ['it takes its time', () => delay(random.below(50))],

@@ -142,6 +142,8 @@ export interface MovesOptions {
 export class Moves {
   readonly violations: string[] = [];
   readonly log: string[] = [];
+  /** What goes on beside a move, and must be over before its end is looked at. */
+  readonly beside: Promise<void>[] = [];
   /** Where the machine runs, or stands still on its way. */
   at: SideName = 'a';
   #moves = 0;
@@ -245,6 +247,7 @@ export class Moves {
   }
 
   async #settled(result: MoveResult): Promise<void> {
+    await Promise.all(this.beside.splice(0));
     const hint = `${result.outcome}: ${result.why}; ${this.log.join(', ')}`;
     assert.deepEqual(this.violations, [], hint);
     if (result.outcome === 'moved') this.at = this.at === 'a' ? 'b' : 'a';
