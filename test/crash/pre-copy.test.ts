@@ -313,6 +313,8 @@ describe('at random', { skip: LONG }, () => {
         ['the destination is killed', () => to.restart()],
         ['the source is killed a little later', () => later(() => from.restart())],
         ['the destination is killed a little later', () => later(() => to.restart())],
+        ['the source is stopped and started in order', () => from.reboot()],
+        ['the destination is stopped and started in order', () => to.reboot()],
         ['both are killed', async () => void (await Promise.all([from.restart(), to.restart()]))],
         ['the coordinator is killed', () => Promise.reject(new Killed())],
         ['it takes its time', () => delay(random.below(50))],

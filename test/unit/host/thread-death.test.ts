@@ -100,6 +100,22 @@ for (const how of ['throw', 'exit', 'memory'] as const) {
   });
 }
 
+test('what a volume tracks goes on over the death of its thread', async (t) => {
+  const { host, images, guest } = await pair(t);
+  const { cookie } = await host.client.track('one', 'move', null);
+  const dying = await guest('one');
+  await writeAt(dying, 0, Buffer.alloc(BLOCK, 'w'));
+  const before = threadOf(host, 'one');
+  fail({ image: images[0], how: 'throw' });
+  assert.notEqual(await dying.closed, null);
+  await reopened(host, 'one', before);
+  const again = await guest('one');
+  await writeAt(again, 3 * BLOCK, Buffer.alloc(BLOCK, 'w'));
+  assert.deepEqual(await host.client.track('one', 'move', null), { cookie, home: false });
+  assert.equal((await host.client.cut('one', 'move', cookie)).changedBytes, 2 * BLOCK);
+  await again.close();
+});
+
 test('what is asked of a thread that dies is answered with ‘control’: nobody knows whether it was done', async (t) => {
   const { host, images } = await pair(t);
   const held = host.daemon.volumes.service('one');
