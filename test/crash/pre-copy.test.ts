@@ -171,6 +171,22 @@ describe('a source that stands still', () => {
     assert.equal((await moves.move('all', { before: stopped })).outcome, 'moved');
   });
 
+  test('so that the last list before the switch is lost: what was copied counts all the same', {
+    skip: LONG,
+  }, async (t) => {
+    moves.guest.paceMs = 50;
+    t.after(() => {
+      moves.guest.paceMs = 1;
+    });
+    await moves.here.restart(); // it is no home that it moves to
+    const faults = once('before', ['to', 'refresh', 1], () =>
+      Promise.reject(new BlockferryError('source-unreachable', 'the list is lost')),
+    );
+    const { outcome, backgroundBytes, demandBytes } = await moves.move('all', faults);
+    assert.ok(faults.met && outcome === 'moved');
+    assert.ok(backgroundBytes + demandBytes < 1.5 * BYTES, `${backgroundBytes + demandBytes} bytes came`);
+  });
+
   test('at the takeover: the machine is let run again at the source', { skip: LONG }, async (t) => {
     const { from } = sides();
     const stopped = async (call: Call): Promise<void> => {
