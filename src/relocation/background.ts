@@ -195,6 +195,8 @@ export class Background {
     this.#ahead = ahead;
     if (!this.#started) {
       this.#rateBeganMs = performance.now();
+      // Both at once: each takes a round trip.
+      if (this.options.enabled) void this.#allocation.ask(0);
       if (this.options.order !== 'linear' && this.options.enabled) void this.#learn();
     }
     this.#started = true;

@@ -105,7 +105,7 @@ export class Link {
     bulk: new Budget(LANE_REQUESTS_MAX, LANE_BYTES_MAX),
   };
   /** What the link carries, by the answers of late. */
-  readonly window = new LinkWindow();
+  readonly window = new LinkWindow(() => this.wireBytes);
   readonly #timing: LinkTiming;
   /** Every connection that is not over yet, whether it is used any more or not. */
   readonly #alive = new Set<NbdClient>();
