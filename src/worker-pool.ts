@@ -81,11 +81,16 @@ export class WorkerPool<Order extends { input: Uint8Array }, Done> {
     let chosen: PoolWorker<Order, Done> | null = null;
     for (const worker of this.#workers)
       if (chosen === null || worker.jobs.size < chosen.jobs.size) chosen = worker;
-    if ((chosen === null || chosen.jobs.size > 0) && this.#workers.size < POOL_THREADS_MAX) {
-      chosen = new PoolWorker(this, this.script, this.name);
-      this.#workers.add(chosen);
-    }
+    if (chosen === null || chosen.jobs.size > 0) chosen = this.begin() ?? chosen;
     if (chosen !== null) this.feed(chosen);
+  }
+
+  /** Another worker, if there may be one. */
+  protected begin(): PoolWorker<Order, Done> | null {
+    if (this.#workers.size >= POOL_THREADS_MAX) return null;
+    const worker = new PoolWorker(this, this.script, this.name);
+    this.#workers.add(worker);
+    return worker;
   }
 
   /** Gives a worker what it can take. */

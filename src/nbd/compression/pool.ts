@@ -20,6 +20,8 @@ interface Made {
   input: Uint8Array;
   /** Null: it could not be done within `bytesMax`. */
   output: Uint8Array | null;
+  /** What it took, once begun. */
+  workMs: number;
 }
 export type Done = Numbered<Made>;
 
@@ -29,6 +31,12 @@ export type Answer = (done: Done | null) => void;
 export class CompressionPool extends WorkerPool<Order, Made> {
   constructor() {
     super(new URL('./worker.js', import.meta.url), 'compression');
+  }
+
+  /** A worker takes a while to begin, as does the handshake that follows. */
+  override enter(): void {
+    super.enter();
+    this.begin();
   }
 }
 

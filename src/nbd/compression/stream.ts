@@ -26,10 +26,15 @@ import {
   writeFrameHeader,
 } from '../codec/frames.js';
 import { CompressionPolicy, SHRINKS_BELOW } from './policy.js';
-import { type Answer, type CompressionPool, compressionPool, type Done } from './pool.js';
+import { type Answer, type CompressionPool, compressionPool, type Done, POOL_THREADS_MAX } from './pool.js';
 
-/** Content of a frame of ours, bytes: enough for zstd to find what repeats, little enough for several threads to have work. */
-export const CONTENT_BYTES = 256 << 10;
+/**
+ * Content of a frame of ours, bytes: enough for zstd to find what repeats, little enough for several threads to have work. An answer of 512 KiB
+ * fits in with its header.
+ */
+export const CONTENT_BYTES = (512 << 10) + 64;
+/** Connections of one link that are busy at a time share the threads. */
+const CONNECTIONS_BUSY = 2;
 /** Shorter content is not worth a thread's time. */
 export const COMPRESSED_BYTES_MIN = 8 << 10;
 /** A block for little: most turns bring requests, or one small reply. */
@@ -65,12 +70,10 @@ export class CompressedStream extends Duplex {
   #unsentBytes = 0;
   #written: (() => void) | null = null;
   #ended: (() => void) | null = null;
-  /** The transport takes no more. #sinceMs: since when that is so, or else since when a frame that is not ready holds it up. */
+  /** The transport takes no more. */
   #blocked = false;
-  #sinceMs = performance.now();
-  #leftMs = this.#sinceMs;
-  #blockedMs = 0;
-  #waitingMs = 0;
+  /** When the last long frame left. */
+  #leftMs = performance.now();
 
   readonly #incoming: Incoming[] = [];
   #unreadBytes = 0;
@@ -87,7 +90,7 @@ export class CompressedStream extends Duplex {
     super({ allowHalfOpen: true, decodeStrings: true });
     this.#transport = transport;
     this.#pool = pool;
-    this.policy = new CompressionPolicy(level);
+    this.policy = new CompressionPolicy(level, POOL_THREADS_MAX / CONNECTIONS_BUSY);
     pool.enter();
     transport.on('drain', this.#onDrain);
     transport.on('error', this.#onError);
@@ -186,32 +189,30 @@ export class CompressedStream extends Duplex {
       return;
     }
     const frame: Outgoing = { bytes: null, contentBytes };
-    // The socket waits from now on; before there was nothing to send.
-    if (this.#outgoing.length === 0 && !this.#blocked) this.#sinceMs = performance.now();
     this.#outgoing.push(frame);
     const bytesMax = Math.floor(contentBytes * SHRINKS_BELOW);
     this.#pool.run(
       { kind: 'compress', input: block, from: FRAME_HEADER_BYTES, end, level, bytesMax },
-      (done) => this.#compressed(frame, done),
+      (done) => this.#compressed(frame, level, done),
     );
   }
 
-  #compressed(frame: Outgoing, done: Done | null): void {
+  #compressed(frame: Outgoing, level: number, done: Done | null): void {
     if (this.destroyed) return;
     if (done === null) {
       this.destroy(poolLost());
       return;
     }
-    const { input, output } = done;
+    const { input, output, workMs } = done;
     const { contentBytes } = frame;
     if (output === null) {
       frame.bytes = rawFrame(input, FRAME_HEADER_BYTES + contentBytes);
-      this.policy.compressed(contentBytes, contentBytes);
+      this.policy.compressed(level, contentBytes, contentBytes, workMs);
     } else {
       const payloadBytes = output.length - FRAME_HEADER_BYTES;
       writeFrameHeader(output, 0, FrameKind.ZSTD, payloadBytes, contentBytes);
       frame.bytes = output;
-      this.policy.compressed(contentBytes, payloadBytes);
+      this.policy.compressed(level, contentBytes, payloadBytes, workMs);
     }
     this.#send();
   }
@@ -225,13 +226,8 @@ export class CompressedStream extends Duplex {
       this.#outgoing.shift();
       this.#unsentBytes -= contentBytes;
       this.wireBytesSent += bytes.length;
-      const waited = performance.now() - this.#sinceMs;
-      if (this.#waits(contentBytes)) this.#waitingMs += waited;
       this.#left(contentBytes);
-      if (!transport.write(bytes)) {
-        this.#blocked = true;
-        this.#sinceMs = performance.now();
-      }
+      if (!transport.write(bytes)) this.#blocked = true;
     }
     this.#takeMore();
     if (this.#outgoing.length > 0 || this.#blocked || this.#ended === null || this.#block !== null) return;
@@ -241,18 +237,11 @@ export class CompressedStream extends Duplex {
     ended();
   }
 
-  #waits(contentBytes: number): boolean {
-    return contentBytes >= COMPRESSED_BYTES_MIN && this.policy.level !== null;
-  }
-
   #left(contentBytes: number): void {
-    const now = performance.now();
-    this.#sinceMs = now;
     if (contentBytes < COMPRESSED_BYTES_MIN) return;
-    this.policy.left(now - this.#leftMs, this.#blockedMs, this.#waitingMs);
+    const now = performance.now();
+    this.policy.left(contentBytes, now - this.#leftMs);
     this.#leftMs = now;
-    this.#blockedMs = 0;
-    this.#waitingMs = 0;
   }
 
   #takeMore(): void {
@@ -263,10 +252,7 @@ export class CompressedStream extends Duplex {
   }
 
   readonly #onDrain = (): void => {
-    const now = performance.now();
-    if (this.#blocked) this.#blockedMs += now - this.#sinceMs;
     this.#blocked = false;
-    this.#sinceMs = now;
     this.#send();
   };
 

@@ -38,9 +38,10 @@ function decompress(payload: Uint8Array, contentBytes: number): Uint8Array | nul
 
 port.on('message', (job: Job) => {
   const input = job.input.subarray(job.from, job.end);
+  const began = performance.now();
   const output =
     job.kind === 'compress' ? compress(input, job.level, job.bytesMax) : decompress(input, job.bytesMax);
-  const done: Done = { number: job.number, input: job.input, output };
+  const done: Done = { number: job.number, input: job.input, output, workMs: performance.now() - began };
   const memory = [job.input.buffer as ArrayBuffer];
   if (output !== null) memory.push(output.buffer as ArrayBuffer);
   port.postMessage(done, memory);
