@@ -8,7 +8,7 @@
  * - Taking over raises the generation and makes this the only writer in one durable step. The first guest write is answered
  *   only after `written` is durable, so that a retreat never throws an answered write away.
  * - A takeover of a standby that holds blocks already first drops those that the source changed, as it told when it was sealed, and commits: what is
- *   present under the new generation is what the source had. A list that is of neither the round known here nor the next one drops all.
+ *   present under the new generation is what the source had. A list that is not of the round known here, or one beside it, drops all.
  * - The takeover by a coordinator begins to track changes (dirty.ts), so that the volume can go home.
  * - seal: gate closed -> no thread changes the image -> image durable -> phase durable -> answered.
  * - hand-off: all blocks here -> image and maps durable -> phase `plain` durable -> maps deleted.
@@ -50,6 +50,16 @@ export interface SourceChanges {
 export interface RetreatProof {
   volumeId: string;
   generation: number;
+}
+
+/**
+ * Whether the list of a sealed source's round has all that matters to who knows another: the next one's has this one's as well; and the one before is all
+ * there was when it was read, though a cut and its list came in between.
+ */
+function tellsAll(round: number | null, known: number | null): boolean {
+  if (round === known) return true;
+  if (round === null || known === null) return false;
+  return round === nextRound(known) || known === nextRound(round);
 }
 
 const REFUSED: Gate = { kind: 'refused', errno: Errno.EPERM };
@@ -361,10 +371,7 @@ export class Volume {
   async #forget(changes: SourceChanges | null): Promise<void> {
     const { preCopy } = this;
     if (preCopy === null) return;
-    const { cookie } = preCopy;
-    const rounds: (number | null)[] = cookie === null ? [null] : [cookie, nextRound(cookie)];
-    const known = changes !== null && rounds.includes(changes.cookie);
-    this.store.drop(known ? changes.runs : null);
+    this.store.drop(changes !== null && tellsAll(changes.cookie, preCopy.cookie) ? changes.runs : null);
     if ((await this.store.commit()) !== Errno.OK) throw this.store.failure;
   }
 

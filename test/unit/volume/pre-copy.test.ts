@@ -149,6 +149,11 @@ describe('a takeover', () => {
       { runs: [0, 1], cookie: ROUND + 1 },
       blocksBut(0),
     ],
+    [
+      'with the list of the round before, read when the source was sealed: likewise',
+      { runs: [0, 1], cookie: ROUND - 1 },
+      blocksBut(0),
+    ],
     ["with another round's list drops all", { runs: [0, 1], cookie: ROUND + 2 }, []],
     ['with a list without a round drops all', { runs: [0, 1], cookie: null }, []],
     ['with the word that all may have changed drops all', { runs: null, cookie: ROUND }, []],
