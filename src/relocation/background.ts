@@ -5,7 +5,7 @@
  * - Bytes in flight are bounded by a window that follows the link's rate and delay. What the guest waits for comes off it.
  * - Ranges that the source says are zero cost no data: they are marked, or punched where the image holds something.
  * - Before the takeover it may copy as well, though the source still changes: what it learned of the source's zeros holds until it is told what
- *   changed (`#dropped`), regions that are overwritten all the time wait, and what came is made durable now and then, so that the takeover need not.
+ *   changed (`#dropped`), regions that are overwritten all the time wait, and what came is made durable now and then, so that the guest's first flush need not.
  * - What fails is passed over and tried again on the next round. The copy stops for a while when there is no room here, when
  *   the source is out of reach, when nothing but failures comes, and between two rounds if one had any. Failures are shown as long
  *   as they last, and end nothing.
@@ -85,6 +85,8 @@ export class Background {
   #started = false;
   /** Copying before the takeover. */
   #ahead = false;
+  /** A takeover is under way. */
+  #held = false;
   readonly #overwritten = new Overwritten();
   /** Came since the last commit, while copying ahead. */
   #uncommittedBytes = 0;
@@ -193,6 +195,7 @@ export class Background {
   start(ahead = false): void {
     if (this.#ahead && !ahead) this.#overwritten.clear();
     this.#ahead = ahead;
+    this.#held = false;
     if (!this.#started) {
       this.#rateBeganMs = performance.now();
       // Both at once: each takes a round trip.
@@ -250,6 +253,7 @@ export class Background {
   stop(): void {
     this.#started = false;
     this.#ahead = false;
+    this.#held = false;
     this.#overwritten.clear();
     this.#seeder?.stop();
     this.#allocation.forget();
@@ -262,6 +266,11 @@ export class Background {
     this.#forgive();
     this.#limit.stop();
     for (const { resolve } of this.#wanted.splice(0)) resolve?.();
+  }
+
+  /** Nothing more is begun until `start` or `stop`: the machine stands still, and waits for other answers of the source. */
+  hold(): void {
+    this.#held = true;
   }
 
   pause(): void {
@@ -346,7 +355,7 @@ export class Background {
   }
 
   #pump(): void {
-    if (!this.#started || this.store.presence === null) return;
+    if (!this.#started || this.#held || this.store.presence === null) return;
     for (;;) {
       if (this.#ahead && this.#uncommittedBytes >= UNCOMMITTED_BYTES_MAX) return; // the disk is slower than the link
       const piece = this.#window.pieceBytes;
@@ -519,7 +528,7 @@ export class Background {
     this.#pump();
   }
 
-  /** A takeover commits what was copied ahead, while the machine stands still: there should be little left. */
+  /** The guest's first flush behind the takeover makes durable what was copied ahead: there should be little left. */
   async #commitNowAndThen(bytes: number): Promise<void> {
     this.#uncommittedBytes += bytes;
     if (this.#committing || this.#uncommittedBytes < COMMIT_BYTES) return;

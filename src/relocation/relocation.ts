@@ -100,7 +100,10 @@ export class Relocation {
     });
     this.#handedOff.catch(() => undefined);
     volume.store.supplier = this.fetcher;
-    volume.askChanges = () => this.#changes(true);
+    volume.askChanges = () => {
+      this.background.hold(); // until the volume's next change, or its failure to
+      return this.#changes(true);
+    };
     volume.onChange = () => this.#follow();
     this.#follow();
   }

@@ -1,14 +1,14 @@
 /**
- * BLOCK_STATUS of a dirty map. Flags of an extent of `blockferry:dirty`: bit 0 dirty, bit 1 the volume is sealed, bits 2 to 31 the round's cookie, 0 where
- * no move copies. Each extent tells them, so that a list that spans a cut is not taken for one round's.
+ * BLOCK_STATUS of a dirty map. Flags of an extent of `blockferry:dirty`: bit 0 changed in this round, bit 1 the volume is sealed, bit 2 changed in the round
+ * before, bits 3 to 31 the round's cookie, 0 where no move copies. Each extent tells them, so that a list that spans a cut is not taken for one round's.
  */
 import type { StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf } from './blocks.js';
 import type { DirtyMap } from './dirty.js';
 
-export const DirtyFlag = { DIRTY: 1, SEALED: 2 } as const;
+export const DirtyFlag = { CHANGED: 1, SEALED: 2, TOLD: 4 } as const;
 /** What a cookie is multiplied with in the flags. */
-export const DIRTY_COOKIE_UNIT = 4;
+export const DIRTY_COOKIE_UNIT = 8;
 
 /** As in extents.ts: an answer may end early, and clients ask again. */
 const STATUS_MS_MAX = 5;
@@ -25,10 +25,23 @@ export function reportDirty(request: StatusRequest, dirty: DirtyMap | null, roun
   let extents = 0;
   const stretches = dirty?.stretches(end, round === null);
   for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
-    const stretch = stretches === undefined ? { dirty: true, end } : stretches(blockAt(at));
+    const stretch = stretches?.(blockAt(at)) ?? { changed: true, earlier: false, end };
     const to = Math.min(stretch.end * BLOCK_BYTES, past);
-    request.extent(to - at, (round ?? 0) + (stretch.dirty ? DirtyFlag.DIRTY : 0));
+    request.extent(to - at, round === null ? bitmapFlags(stretch) : round + flagsOf(stretch));
     at = to;
     if (extents % LOOK_AFTER === LOOK_AFTER - 1 && performance.now() > untilMs) return;
   }
+}
+
+interface Stretch {
+  readonly changed: boolean;
+  readonly earlier: boolean;
+}
+
+function bitmapFlags({ changed, earlier }: Stretch): number {
+  return changed || earlier ? DirtyFlag.CHANGED : 0;
+}
+
+function flagsOf({ changed, earlier }: Stretch): number {
+  return (changed ? DirtyFlag.CHANGED : 0) + (earlier ? DirtyFlag.TOLD : 0);
 }

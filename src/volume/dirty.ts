@@ -46,8 +46,8 @@ const STAMP_AT = 256;
 const STAMP_BYTES = 128;
 const MOVE_BYTES_MAX = STAMP_AT - MOVE_AT;
 const State = { INVALID: 0, OPEN: 1, CLOSED: 2 } as const;
-/** Cookies are 30 bits: extents carry them beside two flags. */
-export const COOKIE_MAX = 2 ** 30 - 1;
+/** Cookies are 29 bits: extents carry them beside three flags. */
+export const COOKIE_MAX = 2 ** 29 - 1;
 const NO_COOKIE = 0;
 
 /** A range of blocks, `end` excluded. */
@@ -260,25 +260,28 @@ export class DirtyMap {
   }
 
   /**
-   * For ascending blocks of [.., end), in one step: whether a block is told as changed, and up to where the answer is the same. Each map is scanned once,
-   * however its runs lie. `ever`: since tracking began, in whatever round.
+   * For ascending blocks before `end`, in one step: whether a block changed in this round, and whether in an earlier one that is told of still, and up to
+   * where the answer is the same. Each map is scanned once, however its runs lie. `ever`: earlier is any time since tracking began.
    */
-  stretches(end: number, ever = false): (block: number) => { dirty: boolean; end: number } {
-    const maps = ever ? [this.#changed, this.#told, this.#before] : [this.#changed, this.#told];
-    const ones = maps.map(() => -1);
+  stretches(
+    end: number,
+    ever = false,
+  ): (block: number) => { changed: boolean; earlier: boolean; end: number } {
+    const scan = (map: Uint8Array): Scan => ({ map, set: false, end: 0 });
+    const [changed, told, before] = [scan(this.#changed), scan(this.#told), scan(this.#before)];
+    const at = (of: Scan, block: number): boolean => {
+      if (block >= of.end) {
+        of.set = (of.map[block >>> 3]! & (1 << (block & 7))) !== 0;
+        of.end = (of.set ? native.nextZero : native.nextOne)(of.map, block, end);
+      }
+      return of.set;
+    };
     return (block) => {
-      let one = end;
-      for (const [index, map] of maps.entries()) {
-        if (ones[index]! < block) ones[index] = native.nextOne(map, block, end);
-        one = Math.min(one, ones[index]!);
-      }
-      if (one > block) return { dirty: false, end: one };
-      let at = block;
-      for (let before = -1; at > before && at < end; ) {
-        before = at;
-        for (const map of maps) if (at < end) at = native.nextZero(map, at, end);
-      }
-      return { dirty: true, end: at };
+      const now = at(changed, block);
+      const earlier = at(told, block);
+      if (!ever) return { changed: now, earlier, end: Math.min(changed.end, told.end) };
+      const any = at(before, block) || earlier;
+      return { changed: now, earlier: any, end: Math.min(changed.end, told.end, before.end) };
     };
   }
 
@@ -353,6 +356,13 @@ function clear(map: Uint8Array): void {
     map.fill(0, page, page + PAGE_BYTES);
     bit = native.nextOne(map, Math.min(bits, (page + PAGE_BYTES) * 8), bits);
   }
+}
+
+interface Scan {
+  readonly map: Uint8Array;
+  /** Of the blocks up to `end`. */
+  set: boolean;
+  end: number;
 }
 
 function headFor({ id, blocks }: DirtyOwner): Buffer {

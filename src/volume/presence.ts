@@ -4,7 +4,7 @@
  * Invariants
  * - A bit is set only after the block's data was written to the image (`set` is called behind the write). It is cleared by `drop`, which drops
  *   all of them under a new epoch, and before the takeover by `clear`: the source changed the block. A cleared bit is in presence.map again until
- *   the next commit, so a takeover commits first, and what a standby kept is not opened from presence.map (open.ts).
+ *   the next commit, so what a standby kept is not opened from presence.map (open.ts), and a takeover puts what is left under a new epoch (`renew`).
  * - While the machine lives, presence.live is the truth; after the machine died, presence.map is, which is behind the data.
  * - presence.live gone or damaged although a process of this very boot had it open and did not close it: which writes since the
  *   last flush are here is then unknown. The volume is refused; it is never opened on a guess.
@@ -188,8 +188,15 @@ export class Presence {
 
   /** What is in the image of [first, end) counts for nothing any more. */
   clear(first: number, end: number): void {
-    const removed = native.clearRange(this.#bits, first, end);
-    if (removed === 0) return;
+    let removed = 1;
+    if (end - first === 1) {
+      // A list of scattered changes has many of them, and the machine stands still.
+      if (!this.has(first)) return;
+      this.#bits[first >>> 3]! &= ~(1 << (first & 7));
+    } else {
+      removed = native.clearRange(this.#bits, first, end);
+      if (removed === 0) return;
+    }
     this.#present -= removed;
     const last = Math.floor((end - 1) / PAGE_BITS);
     for (let page = Math.floor(first / PAGE_BITS); page <= last; page++) this.#change(page);
@@ -241,6 +248,22 @@ export class Presence {
     this.#anyChanged = false;
     this.tag = { ...this.tag, epoch };
     this.durable.epoch = epoch;
+    this.live.validate(this.tag);
+  }
+
+  /**
+   * Puts the bits under a new epoch, which is in the volume's durable identity already: presence.map, which may still have bits that were cleared, counts
+   * for nothing until the next commit writes all that are set. A process that is killed right before leaves a live map of the old epoch, and with it no
+   * bits; one whose commit is under way writes them under the old one.
+   */
+  renew(epoch: number): void {
+    this.tag = { ...this.tag, epoch };
+    this.durable.epoch = epoch;
+    for (let block = this.nextPresent(0, this.blocks); block < this.blocks; ) {
+      const page = Math.floor(block / PAGE_BITS);
+      this.#change(page);
+      block = this.nextPresent(Math.min((page + 1) * PAGE_BITS, this.blocks), this.blocks);
+    }
     this.live.validate(this.tag);
   }
 

@@ -7,8 +7,9 @@
  * - Changes of phase run one after the other; each can be repeated after a crash with the same result.
  * - Taking over raises the generation and makes this the only writer in one durable step. The first guest write is answered
  *   only after `written` is durable, so that a retreat never throws an answered write away.
- * - A takeover of a standby that holds blocks already first drops those that the source changed, as it told when it was sealed, and commits: what is
- *   present under the new generation is what the source had. A list that is not of the round known here, or one beside it, drops all.
+ * - A takeover of a standby that holds blocks already first drops those that the source changed, as it told when it was sealed: what is present under
+ *   the new generation is what the source had. What presence.map says from before counts for nothing, by the map epoch that is in the same durable step:
+ *   should the machine crash before the next commit, all that is here is fetched again. A list that is not of the round known here, or one beside it, drops all.
  * - The takeover by a coordinator begins to track changes (dirty.ts), so that the volume can go home.
  * - seal: gate closed -> no thread changes the image -> image durable -> phase durable -> answered.
  * - hand-off: all blocks here -> image and maps durable -> phase `plain` durable -> maps deleted.
@@ -42,6 +43,8 @@ export interface RoundCut {
 /** What a source says it changed, in blocks: first, end, first, end, ... Null runs: everything may have changed. */
 export interface SourceChanges {
   readonly runs: readonly number[] | null;
+  /** Of them, what changed in that round, and not only in the one before. Absent: all. */
+  readonly lately?: readonly number[];
   /** The round it told of; null: it has no rounds. */
   readonly cookie: number | null;
 }
@@ -80,7 +83,7 @@ export class Volume {
   #closed = false;
   #closing: Promise<void> | undefined;
   #timer: NodeJS.Timeout | undefined;
-  /** Told of every change of phase, and when `written` became true, after it happened. */
+  /** Told of every change of phase, and when `written` became true, after it happened; and when a takeover failed, or the volume is about to close. */
   onChange: (() => void) | null = null;
   /** Asks the source for its changes at a takeover, when it is sealed. Rejects where it does not tell. */
   askChanges: (() => Promise<SourceChanges>) | null = null;
@@ -335,6 +338,15 @@ export class Volume {
   // Destination side
 
   async takeover(generation = this.generation + 1): Promise<{ generation: number }> {
+    try {
+      return await this.#takeoverAs(generation);
+    } catch (error) {
+      this.onChange?.(); // a standby that goes on as one
+      throw error;
+    }
+  }
+
+  async #takeoverAs(generation: number): Promise<{ generation: number }> {
     const changes = await this.#changesAtTakeover();
     return this.#serially(async () => {
       const repeated =
@@ -344,17 +356,15 @@ export class Volume {
         this.#requireNewer(generation);
         // Without a coordinator nobody will ask for a retreat, and nobody says later that the machine runs here.
         const written = this.identity.current.takesOverAtWrite;
-        await this.#forget(changes);
+        this.#forget(changes);
         // Without room for it the volume moves all the same; it cannot go home with only what changed then.
         this.store.dirty = await this.#startTracking(this.generation).catch(() => null);
         try {
-          await this.identity.update({ phase: 'relocating', generation, written, preCopy: null });
+          await this.#takeOver({ generation, written });
         } catch (error) {
           await this.#endTracking();
           throw error;
         }
-        this.#enter();
-        this.store.retryParked();
       }
       return { generation };
     });
@@ -367,12 +377,29 @@ export class Volume {
     return this.askChanges();
   }
 
-  /** What the source changed since it was copied is not here any more, durably. */
-  async #forget(changes: SourceChanges | null): Promise<void> {
+  /** What the source changed since it was copied is not here any more. */
+  #forget(changes: SourceChanges | null): void {
     const { preCopy } = this;
     if (preCopy === null) return;
-    this.store.drop(changes !== null && tellsAll(changes.cookie, preCopy.cookie) ? changes.runs : null);
-    if ((await this.store.commit()) !== Errno.OK) throw this.store.failure;
+    if (changes === null || !tellsAll(changes.cookie, preCopy.cookie)) this.store.drop(null);
+    // Who knows the round has dropped what changed before it, and copied it again.
+    else if (changes.cookie === preCopy.cookie) this.store.drop(changes.lately ?? changes.runs);
+    else this.store.drop(changes.runs);
+  }
+
+  /**
+   * The one durable step of a takeover. What was copied ahead gets a new epoch in it: what presence.map has of it may tell of blocks that were dropped
+   * since, and to write that anew, behind the image's data, would keep the machine waiting. Until the next commit does, a machine that crashes finds none
+   * of it here: it is still at the source.
+   */
+  async #takeOver(change: Partial<Identity>): Promise<void> {
+    const { preCopy, mapEpoch } = this.identity.current;
+    if (this.store.failure !== null) throw this.store.failure;
+    const epoch = preCopy === null ? mapEpoch : mapEpoch + 1;
+    await this.identity.update({ ...change, phase: 'relocating', preCopy: null, mapEpoch: epoch });
+    if (preCopy !== null) this.store.presence?.renew(epoch);
+    this.#enter();
+    this.store.retryParked();
   }
 
   /**
@@ -401,10 +428,8 @@ export class Volume {
     const changes = await this.#changesAtTakeover();
     await this.#serially(async () => {
       if (this.phase !== 'standby') return;
-      await this.#forget(changes);
-      const generation = this.generation + 1;
-      await this.#change({ phase: 'relocating', generation, written: true, preCopy: null });
-      this.store.retryParked();
+      this.#forget(changes);
+      await this.#takeOver({ generation: this.generation + 1, written: true });
     });
   }
 

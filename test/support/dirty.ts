@@ -26,9 +26,9 @@ export function place(blocks = BLOCKS): Place {
 export function told(map: DirtyMap, blocks = BLOCKS): [number, number][] {
   const runs: [number, number][] = [];
   for (let at = 0; at < blocks; ) {
-    const { dirty, end } = map.stretches(blocks)(at);
+    const { changed, earlier, end } = map.stretches(blocks)(at);
     assert.ok(end > at && end <= blocks);
-    if (dirty) {
+    if (changed || earlier) {
       const last = runs.at(-1);
       if (last?.[1] === at) last[1] = end;
       else runs.push([at, end]);

@@ -33,9 +33,10 @@ export function blocksBut(...gone: number[]): number[] {
 /** Blocks of which the dirty map tells. */
 export function changed(volume: Volume): number[] {
   const { dirty } = volume.store;
-  return Array.from({ length: BLOCKS }, (_, block) => block).filter(
-    (block) => dirty?.stretches(block + 1)(block).dirty ?? true,
-  );
+  return Array.from({ length: BLOCKS }, (_, block) => block).filter((block) => {
+    const stretch = dirty?.stretches(block + 1)(block);
+    return stretch === undefined || stretch.changed || stretch.earlier;
+  });
 }
 
 export function tells(volume: Volume, changes: SourceChanges): void {

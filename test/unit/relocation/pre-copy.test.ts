@@ -17,7 +17,7 @@ const SIZE = 100 * B + 512;
 const COOKIE = 12345;
 const ALL = { runs: null, cookie: null };
 
-const round = (cookie = COOKIE, sealed = true): number => cookie * 4 + (sealed ? 2 : 0);
+const round = (cookie = COOKIE, sealed = true): number => cookie * 8 + (sealed ? 2 : 0);
 
 /** Answers with these extents, one after the other, of each question as many as it says. */
 class Told implements ChangesSource {
@@ -61,14 +61,32 @@ describe('a list', () => {
     const last = SIZE - B;
     assert.deepEqual(await changesOf(source, question()), {
       runs: [3, 5, Math.floor(last / B), 101],
+      lately: [3, 5, Math.floor(last / B), 101],
       cookie: COOKIE,
     });
     assert.deepEqual(source.asked, [[0, SIZE]]);
   });
 
+  test('tells apart what changed in this round and what did in the one before', async () => {
+    const source = new Told([
+      { length: B, flags: round() + 1 },
+      { length: B, flags: round() + 4 },
+      { length: B, flags: round() + 5 },
+      { length: SIZE - 3 * B, flags: round() },
+    ]);
+    const { runs, lately } = await changesOf(source, question());
+    assert.deepEqual(
+      [runs, lately],
+      [
+        [0, 3],
+        [0, 1, 2, 3],
+      ],
+    );
+  });
+
   test('of nothing is empty, which is not the same as everything', async () => {
     const source = new Told([{ length: SIZE, flags: round() }]);
-    assert.deepEqual(await changesOf(source, question()), { runs: [], cookie: COOKIE });
+    assert.deepEqual(await changesOf(source, question()), { runs: [], lately: [], cookie: COOKIE });
   });
 
   test('comes in pieces, and runs that touch are one', async () => {
@@ -110,18 +128,24 @@ describe('a list', () => {
   });
 
   test('of a very long one the gaps count as changed: too much, never too little', async () => {
-    const blocks = 2 * RUNS_MAX + 20;
+    const blocks = 4 * RUNS_MAX;
     const source: ChangesSource = {
-      dirty: async () =>
-        Array.from({ length: blocks }, (_, block) => ({
+      dirty: async (offset, length) =>
+        Array.from({ length: length / B }, (_, index) => ({
           length: B,
-          flags: round() + (block % 2 === 0 ? 1 : 0),
+          flags: round() + ((offset / B + index) % 2 === 0 ? 1 : 0),
         })),
     };
     const { runs } = await changesOf(source, question({ size: blocks * B }));
-    assert.equal(runs!.length, 2 * RUNS_MAX);
+    assert.ok(runs!.length >= 2 * RUNS_MAX && runs!.length <= 2 * RUNS_MAX + 100, `${runs!.length} numbers`);
     assert.deepEqual(runs!.slice(0, 4), [0, 1, 2, 3]);
-    assert.deepEqual(runs!.slice(-2), [2 * RUNS_MAX - 2, blocks - 1]);
+    let covered = 0;
+    for (let at = 0; at < runs!.length; at += 2) {
+      const [first, end] = [runs![at]!, runs![at + 1]!];
+      assert.ok(first < end && (at === 0 || first >= runs![at - 1]!));
+      covered += Math.ceil(end / 2) - Math.ceil(first / 2);
+    }
+    assert.equal(covered, blocks / 2, 'every changed block is in a run');
   });
 });
 
@@ -173,7 +197,11 @@ describe('the seal', () => {
 
   test('is of no matter between two rounds', async () => {
     const open = new Told([{ length: SIZE, flags: round(COOKIE, false) }]);
-    assert.deepEqual(await changesOf(open, question({ sealed: false })), { runs: [], cookie: COOKIE });
+    assert.deepEqual(await changesOf(open, question({ sealed: false })), {
+      runs: [],
+      lately: [],
+      cookie: COOKIE,
+    });
   });
 
   test('is not told by a source that has only a bitmap, which has no rounds either', async () => {
@@ -182,7 +210,11 @@ describe('the seal', () => {
       { length: SIZE - B, flags: 0 },
     ]);
     for (const context of [DIRTY_BITMAP, 'qemu:dirty-bitmap:theirs'])
-      assert.deepEqual(await changesOf(source, question({ context })), { runs: [0, 1], cookie: null });
+      assert.deepEqual(await changesOf(source, question({ context })), {
+        runs: [0, 1],
+        lately: [0, 1],
+        cookie: null,
+      });
   });
 });
 

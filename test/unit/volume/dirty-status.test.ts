@@ -47,7 +47,7 @@ describe('extents', () => {
     assert.deepEqual(extentsOf(99 * B + 7, B - 7), [[B - 7, 1]]);
   });
 
-  test('take what changed in this round and in the last one together', () => {
+  test('tell what changed in this round from what did in the last one', () => {
     const { cookie } = map.claim('move', null, []);
     map.mark(10, 12);
     map.cut('move', cookie, []);
@@ -55,9 +55,11 @@ describe('extents', () => {
     map.mark(20, 21);
     assert.deepEqual(extentsOf(0, 30 * B), [
       [10 * B, 0],
-      [4 * B, 1],
+      [B, DirtyFlag.TOLD],
+      [B, DirtyFlag.TOLD + DirtyFlag.CHANGED],
+      [2 * B, DirtyFlag.CHANGED],
       [6 * B, 0],
-      [B, 1],
+      [B, DirtyFlag.CHANGED],
       [9 * B, 0],
     ]);
   });
@@ -77,7 +79,7 @@ describe('extents', () => {
     const more = DirtyFlag.SEALED + COOKIE_MAX * DIRTY_COOKIE_UNIT;
     const flags = extentsOf(0, 10 * B, more).map(([, each]) => each);
     assert.deepEqual(flags, [more, more + 1, more]);
-    assert.equal(more + 1, 0xffffffff, 'as much as the wire holds');
+    assert.equal(more + DirtyFlag.CHANGED + DirtyFlag.TOLD, 0xffffffff, 'as much as the wire holds');
   });
 
   test('where nobody tracks, all changed', () => {
@@ -97,7 +99,7 @@ describe('a volume', () => {
 
   test('that nobody tracks: all of it may have changed, in no round', async () => {
     const volume = await plainVolume();
-    assert.deepEqual(ask(volume, DIRTY), [[SIZE, DirtyFlag.DIRTY]]);
+    assert.deepEqual(ask(volume, DIRTY), [[SIZE, DirtyFlag.CHANGED]]);
     assert.deepEqual(ask(volume, DIRTY_BITMAP), [[SIZE, 1]]);
   });
 

@@ -171,7 +171,14 @@ describe('a takeover', () => {
       assert.deepEqual(await volume.takeover(5), { generation: 5 });
       assert.deepEqual(present(volume), left);
       assert.equal(volume.preCopy, null);
-      assert.deepEqual(present(await reopened(afterReboot(root))), left, 'durable before it was answered');
+      const crashed = await reopened(afterReboot(root));
+      assert.deepEqual(
+        [crashed.phase, present(crashed)],
+        ['relocating', []],
+        'nothing counts before a commit',
+      );
+      assert.equal(await volume.store.commit(), Errno.OK);
+      assert.deepEqual(present(await reopened(afterReboot(root))), left, 'and all of it behind one');
       // It goes on as any: what is here is read, the rest is fetched.
       const request = new Io(0, SIZE);
       volume.store.read(request);
@@ -229,11 +236,12 @@ describe('a takeover', () => {
     assert.deepEqual(present(volume), blocksBut(2, 3));
   });
 
-  test('whose commit fails is none: nothing is kept on a guess', async () => {
+  test('of what could not be made durable before is none', async () => {
     const volume = await ahead();
     sourceOf(volume).deliver(0, BLOCKS);
     tells(volume, { runs: [], cookie: ROUND });
     volume.store.image.sync = () => Promise.resolve(-5);
+    assert.equal(await volume.store.commit(), Errno.EIO);
     await assert.rejects(volume.takeover(5), failsWith('image-io'));
     assert.equal(volume.phase, 'standby');
     await assert.rejects(volume.close(), failsWith('image-io'));

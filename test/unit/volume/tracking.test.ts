@@ -137,7 +137,7 @@ describe('what changes the image marks it', () => {
 
   function told(): number[] {
     return Array.from({ length: 16 }, (_, block) => block).filter(
-      (block) => map.stretches(block + 1)(block).dirty,
+      (block) => map.stretches(block + 1)(block).changed,
     );
   }
 
