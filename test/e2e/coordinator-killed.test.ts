@@ -15,7 +15,7 @@ import { Daemon } from '../../src/host/daemon.js';
 import { QemuDriver } from '../../src/hypervisor/qemu.js';
 import { runMove } from '../../src/migration/coordinator.js';
 import { Journal } from '../../src/migration/journal.js';
-import { makePlan } from '../../src/migration/plan.js';
+import { type MoveRequest, makePlan } from '../../src/migration/plan.js';
 import type { MoveResult } from '../../src/migration/result.js';
 import { FORWARD_STEPS, type StepName } from '../../src/migration/steps.js';
 import { silent } from '../unit/host/fakes.js';
@@ -137,12 +137,12 @@ describe('a coordinator killed at each step', { skip }, () => {
     for (const direction of ['back', 'forward'] as const) {
       test(`${step}, then ${direction === 'back' ? '--abort' : '--resume'}`, async () => {
         const where = await whereItRuns();
-        const request = {
+        const request: MoveRequest = {
           vm: 'vm1',
-          switch: 'now',
+          switch: step === 'pre-copy' ? 'all' : 'now',
           bandwidthBytesPerSecond: null,
           deleteSourceImages: true,
-        } as const;
+        };
         const plan = await makePlan(clients[where], clients[1 - where], request);
         const journal = Journal.create(join(folder, 'migrations'), plan);
         await assert.rejects(go(journal, 'forward', step), Killed);
