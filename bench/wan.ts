@@ -21,16 +21,13 @@ import {
   lstatSync,
   mkdirSync,
   mkdtempSync,
-  readdirSync,
   readFileSync,
   rmSync,
-  truncateSync,
   writeFileSync,
 } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
-import { compress } from 'zstd-napi';
 import { machineFactsHere } from '../src/bench/facts.js';
 import { makeImage } from '../src/bench/images.js';
 import { runLoad } from '../src/bench/load.js';
@@ -42,13 +39,11 @@ import { ControlClient } from '../src/host/control/client.js';
 import { controlSocketPath } from '../src/host/state-dir.js';
 import { packageRoot } from '../src/native/index.js';
 import { words as inside, type WanHost, WanLab, wanMissing } from '../test/lab/wan.js';
+import { compressedBytes, fileSystem } from './file-system.js';
 
 const MEMORY = '/dev/shm';
 const MIB = 1 << 20;
 const PORT = 10809;
-/** Files of a usual system. */
-const FILES_FROM = '/usr/lib/x86_64-linux-gnu';
-const ZEROS = Buffer.alloc(4096);
 const START_TIMEOUT_MS = 10_000;
 const POLL_MS = 20;
 const HANDOFF_TIMEOUT_MS = 60_000;
@@ -311,39 +306,6 @@ async function bytesOver(lab: WanLab, work: () => Promise<unknown>): Promise<{ b
   };
 }
 
-/** An ext4 image of so many bytes with files of this machine in half of it. */
-function fileSystem(path: string, bytes: number, folder: string): void {
-  const files = join(folder, 'files');
-  mkdirSync(files);
-  let left = bytes / 2;
-  for (const name of readdirSync(FILES_FROM).sort()) {
-    const from = join(FILES_FROM, name);
-    const { size } = lstatSync(from);
-    if (!lstatSync(from).isFile() || size > left) continue;
-    copyFileSync(from, join(files, name));
-    left -= size;
-  }
-  writeFileSync(path, '');
-  truncateSync(path, bytes);
-  execFileSync('mke2fs', ['-q', '-t', 'ext4', '-b', '4096', '-d', files, path]);
-  rmSync(files, { recursive: true });
-}
-
-/** What the pieces of an image that are not all zeros come to, compressed. */
-function compressedBytes(path: string): number {
-  const content = readFileSync(path);
-  let sum = 0;
-  for (let from = 0; from < content.length; from += MIB) {
-    const blocks: Buffer[] = [];
-    for (let block = from; block < from + MIB; block += 4096) {
-      const bytes = content.subarray(block, block + 4096);
-      if (!bytes.equals(ZEROS)) blocks.push(bytes);
-    }
-    if (blocks.length > 0) sum += compress(Buffer.concat(blocks), { compressionLevel: 3 }).length;
-  }
-  return sum;
-}
-
 /** A whole image over the line, from `serve` to `proxy`. `prepare` is given the proxy's state folder before its start. */
 async function relocated(
   bench: Bench,
@@ -430,7 +392,7 @@ async function relocate(bench: Bench): Promise<Samples> {
   const rate = 100e6;
   const image = join(bench.folder, 'ext4.img');
   fileSystem(image, 512 * MIB, bench.folder);
-  const leastMs = (compressedBytes(image) * 8000) / rate;
+  const leastMs = (compressedBytes(readFileSync(image)) * 8000) / rate;
   const lab = await WanLab.create({ rttMs: 20, rateBitsPerSecond: rate, queueMs: 100 });
   try {
     for (let round = 0; round < rounds; round++) {
