@@ -106,9 +106,11 @@ export class Background {
   readonly #streams: Streams;
   readonly #neighbours = new Neighbours();
   readonly #hot = new Hot();
-  /** Asked for: the copy begins when the first answer is here. */
+  /** Asked for: the copy begins when it is here. */
+  #replayDue = false;
+  /** Asked for: what no record names waits for the first answer. */
   #heatDue = false;
-  #heatEra = 0;
+  #learnEra = 0;
   /** In this order, before all others. */
   readonly #orders: readonly Order[];
   readonly #allocation: SourceAllocation;
@@ -188,7 +190,7 @@ export class Background {
 
   /** All is here of what the machine reads at the source, as far as that is known. */
   get hotDone(): boolean {
-    return this.#started && !this.#heatDue && this.#orders.every((order) => order.done);
+    return this.#started && !this.#replayDue && !this.#heatDue && this.#orders.every((order) => order.done);
   }
 
   /** Copy. `ahead`: before the takeover, while the source may change; otherwise it stands still from now on. */
@@ -257,7 +259,8 @@ export class Background {
     this.#overwritten.clear();
     this.#seeder?.stop();
     this.#allocation.forget();
-    this.#heatEra++;
+    this.#learnEra++;
+    this.#replayDue = false;
     this.#heatDue = false;
     for (const order of this.#orders) order.clear();
     this.#streams.clear();
@@ -386,7 +389,7 @@ export class Background {
       this.#wanted.shift();
       wanted.resolve?.();
     }
-    const copies = this.options.enabled && !this.#paused && !this.#blocked && !this.#heatDue;
+    const copies = this.options.enabled && !this.#paused && !this.#blocked && !this.#replayDue;
     if (!copies) return undefined;
     return this.#seeder === null ? this.#nextOfCopy() : this.#seeder.next(this.#find, this.#pick);
   }
@@ -407,30 +410,36 @@ export class Background {
 
   /** What the machine read first, and what it used at the source. Hints: without them the copy goes on all the same. */
   async #learn(): Promise<void> {
-    const era = ++this.#heatEra;
-    this.#heatDue = true;
-    if (await this.options.replay.learn(() => era === this.#heatEra)) this.#begin(era);
-    if (this.options.order === 'hot') await this.#learnHeat(era);
-    this.#begin(era);
+    const era = ++this.#learnEra;
+    this.#replayDue = true;
+    this.#heatDue = this.options.order === 'hot';
+    const heat = this.#learnHeat(era); // both at once: each takes a round trip
+    await this.options.replay.learn(() => era === this.#learnEra);
+    if (era === this.#learnEra) {
+      this.#replayDue = false;
+      this.#pump();
+    }
+    await heat;
   }
 
   async #learnHeat(era: number): Promise<void> {
     const { size } = this.store.image;
     try {
-      for (let offset = 0; offset < size && era === this.#heatEra; ) {
+      for (let offset = 0; this.options.order === 'hot' && offset < size && era === this.#learnEra; ) {
         const extents = await this.link.heat(offset, Math.min(HEAT_BYTES, size - offset));
-        if (extents === null || extents.length === 0 || era !== this.#heatEra) break;
+        if (extents === null || extents.length === 0 || era !== this.#learnEra) break;
         this.#hot.learn(offset, extents);
         for (const { length } of extents) offset += length;
-        this.#begin(era);
+        this.#heatLearned(era);
       }
     } catch (error) {
       this.options.log.debug({ why: messageOf(error) }, 'the source does not tell what its machine used');
     }
+    this.#heatLearned(era);
   }
 
-  #begin(era: number): void {
-    if (era !== this.#heatEra) return;
+  #heatLearned(era: number): void {
+    if (era !== this.#learnEra) return;
     this.#heatDue = false;
     this.#pump();
   }
@@ -444,7 +453,7 @@ export class Background {
         if (!isZeroes(data)) return data;
       }
     }
-    return this.#nextLinear();
+    return this.#heatDue ? undefined : this.#nextLinear();
   }
 
   #nextLinear(): Run | undefined {

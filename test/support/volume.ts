@@ -215,7 +215,9 @@ export function asLeftByAnotherBoot(folder: string): void {
 /** What dirty.live held in memory is lost as well: none of its bits was written back. */
 function loseDirty(path: string): void {
   if (!existsSync(path)) return;
-  const bytes = readFileSync(path).fill(0, 4096);
+  const bytes = readFileSync(path);
+  if (bytes.length < 4096) return; // about to be made
+  bytes.fill(0, 4096);
   bytes.write(OTHER_BOOT, LIVE_BOOT_AT, 'latin1');
   writeFileSync(path, bytes);
 }

@@ -187,8 +187,10 @@ tell([listed, by_namespace, can, seen, one, errno_of(plain.block_status, 4096, 0
         'qemu:allocation-depth',
         'blockferry:heat',
         'blockferry:first-access',
+        'qemu:dirty-bitmap:blockferry',
+        'blockferry:dirty',
       ]);
-      assert.deepEqual(byNamespace, ['qemu:allocation-depth']);
+      assert.deepEqual(byNamespace, ['qemu:allocation-depth', 'qemu:dirty-bitmap:blockferry']);
       assert.deepEqual(can, [true, true, false]);
       const depth = [[0, [MIB, 1, 3 * MIB, 2]]];
       assert.deepEqual(seen, { 'base:allocation': [[0, [4 * MIB, 0]]], 'qemu:allocation-depth': depth });

@@ -52,6 +52,8 @@ for (const state of STATES) {
             'qemu:allocation-depth',
             'blockferry:heat',
             'blockferry:first-access',
+            'qemu:dirty-bitmap:blockferry',
+            'blockferry:dirty',
           ]);
           assert.match(description, /^blockferry volume [0-9a-f-]{36} generation 1$/);
           assert.deepEqual(facts, {

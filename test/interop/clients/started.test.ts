@@ -80,7 +80,13 @@ sys.stdout.buffer.write(first)
     needs('nbdinfo', 'nbdkit'),
     async () => {
       const socket = join(folder, 'pattern.sock');
-      const proxied = ours('proxy', `nbd+unix:///?socket=${socket}`, join(folder, 'pattern.img'));
+      // nbdkit 1.32 dies when a client leaves that has reads under way, as the copy would have.
+      const proxied = ours(
+        'proxy',
+        `nbd+unix:///?socket=${socket}`,
+        join(folder, 'pattern.img'),
+        '--no-background',
+      );
       const inner = ['nbdinfo', '--size', '--', '[', ...proxied, ']'].map((word) => `'${word}'`).join(' ');
       const size = await tool('nbdkit', '-U', socket, 'pattern', '3M', '--run', inner);
       assert.equal(size.trim(), String(3 << 20));

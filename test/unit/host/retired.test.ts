@@ -11,6 +11,7 @@ import {
   setRetiredAside,
 } from '../../../src/host/retired.js';
 import { readIdentity } from '../../../src/volume/identity.js';
+import { stampOfFile } from '../../../src/volume/image.js';
 import { folderOf, host, NAME, plainVolume, stateOf } from '../../support/volumes.js';
 
 async function retired(
@@ -28,7 +29,8 @@ async function retired(
 describe('home', () => {
   test('is the image of the generation that was sealed, while nobody touches it', async () => {
     const { stateDir, image, id } = await retired();
-    assert.deepEqual(await homeOf(stateDir, NAME), { id, generation: 1, image });
+    const stamp = stampOfFile(image);
+    assert.deepEqual(await homeOf(stateDir, NAME), { id, generation: 1, image, stamp });
     readFileSync(image);
     assert.notEqual(await homeOf(stateDir, NAME), null, 'to read it is not to touch it');
   });

@@ -41,9 +41,10 @@ async function moved(lab: Lab, options: ProxyOptions = {}): Promise<Ferry> {
 async function behind(lab: Lab, proxy: Ferry): Promise<{ source: Source; seen: Set<number> }> {
   const { link } = proxy.service;
   const seen = new Set<number>();
-  const readNow: BlockDevice['readNow'] = (offset, ...rest) => {
-    seen.add(Math.floor(offset / REGION_BYTES));
-    return link.readNow(offset, ...rest);
+  const readNow: BlockDevice['readNow'] = (offset, length, ...rest) => {
+    const last = Math.floor((offset + length - 1) / REGION_BYTES);
+    for (let region = Math.floor(offset / REGION_BYTES); region <= last; region++) seen.add(region);
+    return link.readNow(offset, length, ...rest);
   };
   const source = await lab.source(SIZE, ONE);
   source.device.contexts = [...link.contexts];
