@@ -2,7 +2,7 @@ import { existsSync } from 'node:fs';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { BlockferryError } from '../errors.js';
 import type { Compression } from '../nbd/codec/frames.js';
-import { DIRTY, DIRTY_BITMAP } from '../nbd/constants.js';
+import { CHANGED, DIRTY, DIRTY_BITMAP } from '../nbd/constants.js';
 import { parseNbdUri } from '../nbd/uri.js';
 import type { BackgroundOrder } from '../relocation/background.js';
 import { SEEDS_MAX } from '../relocation/seeds.js';
@@ -98,7 +98,7 @@ export function proxyCommand(): Command {
     .addOption(logLevelOption())
     .action(async (sourceUri: string, disk: string, options: ProxyOptions) => {
       const { standby, preCopy: context } = options;
-      if (context === DIRTY || context === DIRTY_BITMAP)
+      if (context === DIRTY || context === CHANGED || context === DIRTY_BITMAP)
         throw new BlockferryError(
           'usage',
           `${context} is for \`blockferry migrate\`: --pre-copy takes a bitmap of QEMU's`,

@@ -138,6 +138,8 @@ export const HEAT = 'blockferry:heat';
 /** Which blocks the guest changed since tracking began: as QEMU tells of its dirty bitmaps, and with the round, as docs/protocol.md has it. */
 export const DIRTY_BITMAP = 'qemu:dirty-bitmap:blockferry';
 export const DIRTY = 'blockferry:dirty';
+/** Likewise, of the round that is under way alone: what who has the list of the one before still needs. */
+export const CHANGED = 'blockferry:changed';
 /** Ours: in which order regions were read first after a takeover (docs/protocol.md). */
 export const FIRST_ACCESS = 'blockferry:first-access';
 

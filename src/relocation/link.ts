@@ -75,8 +75,8 @@ export interface LinkOptions {
   tls?: ClientTlsSettings | undefined;
   /** Default: 'auto', which asks a blockferry that is not on this host. A level is asked for whoever the source is. */
   compression?: Compression | undefined;
-  /** The context in which the source tells what it changed; null: it is not asked. */
-  dirtyContext?: string | null;
+  /** Contexts in which the source may tell what it changed; default: it is not asked. */
+  dirtyContexts?: readonly string[];
   log: Logger;
   timing?: Partial<LinkTiming>;
 }
@@ -208,11 +208,9 @@ export class Link {
     return this.#ask((client) => heatFrom(client, offset, length));
   }
 
-  /** Likewise, what the source changed, in the context that it is known to tell that in. `lane` demand: the machine waits for it. */
-  dirty(offset: number, length: number, lane: Lane): Promise<Extent[] | null> {
-    const { dirtyContext = null } = this.options;
-    if (dirtyContext === null) return Promise.resolve(null);
-    return this.#ask((client) => extentsFrom(client, dirtyContext, offset, length), lane);
+  /** Likewise, what the source changed, in a context that tells it. `lane` demand: the machine waits for it. */
+  dirty(context: string, offset: number, length: number, lane: Lane): Promise<Extent[] | null> {
+    return this.#ask((client) => extentsFrom(client, context, offset, length), lane);
   }
 
   /** Likewise, in which order the source's machine read them first after its last move: see `firstAccessFrom`. */
@@ -309,10 +307,10 @@ export class Link {
   }
 
   async #connect(): Promise<NbdClient> {
-    const { uri, known, tls = {}, dirtyContext = null } = this.options;
+    const { uri, known, tls = {}, dirtyContexts = [] } = this.options;
     const { connectTimeoutMs, requestTimeoutMs } = this.#timing;
     const client = await NbdClient.connect(uri, {
-      contexts: [BASE_ALLOCATION, HEAT, FIRST_ACCESS, ...(dirtyContext === null ? [] : [dirtyContext])],
+      contexts: [BASE_ALLOCATION, HEAT, FIRST_ACCESS, ...dirtyContexts],
       connectTimeoutMs,
       handshakeTimeoutMs: connectTimeoutMs,
       requestTimeoutMs,

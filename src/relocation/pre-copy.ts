@@ -11,7 +11,7 @@
  */
 import { BlockferryError } from '../errors.js';
 import type { Extent } from '../nbd/client/client.js';
-import { DIRTY } from '../nbd/constants.js';
+import { CHANGED, DIRTY } from '../nbd/constants.js';
 import { BLOCK_BYTES, blockAt, blocksOf } from '../volume/blocks.js';
 import { DIRTY_COOKIE_UNIT, DirtyFlag } from '../volume/dirty-status.js';
 import type { SourceChanges } from '../volume/volume.js';
@@ -31,7 +31,7 @@ export const CHANGES_TIMEOUT_MS = 10_000;
 const ATTEMPTS_MAX = 3;
 
 export interface ChangesSource {
-  dirty(offset: number, length: number, lane: Lane): Promise<Extent[] | null>;
+  dirty(context: string, offset: number, length: number, lane: Lane): Promise<Extent[] | null>;
 }
 
 export interface ChangesQuestion {
@@ -70,6 +70,20 @@ export async function changesOf(source: ChangesSource, question: ChangesQuestion
   }
 }
 
+/**
+ * At a takeover, as `changesOf`: the machine stands still, so no more is asked for than will do. What changed before the round that is known here was
+ * dropped, and copied again; only where the source is in another round its whole list is needed.
+ */
+export async function lastChangesOf(
+  source: ChangesSource,
+  question: ChangesQuestion,
+  known: number | null,
+): Promise<SourceChanges> {
+  if (question.context !== DIRTY) return changesOf(source, question);
+  const lately = await changesOf(source, { ...question, context: CHANGED });
+  return lately.cookie !== null && lately.cookie === known ? lately : changesOf(source, question);
+}
+
 interface Asked {
   readonly source: ChangesSource;
   readonly question: ChangesQuestion;
@@ -80,7 +94,8 @@ interface Asked {
 async function askOften(asked: Asked): Promise<SourceChanges> {
   for (let attempt = 1; ; attempt++) {
     const list = await ask(asked);
-    if (!list.mixed || asked.over || attempt === ATTEMPTS_MAX) return list.changes;
+    if (!list.mixed || asked.over || attempt === ATTEMPTS_MAX)
+      return list.changes(asked.question.context === CHANGED);
   }
 }
 
@@ -101,11 +116,12 @@ async function ask(asked: Asked): Promise<ChangeList> {
 /** Of the source's bytes [from, to). */
 async function askPart(asked: Asked, list: ChangeList, part: Part, from: number, to: number): Promise<void> {
   const { source, question } = asked;
-  const rounds = question.context === DIRTY;
+  const { context } = question;
+  const rounds = context === DIRTY || context === CHANGED;
   const lane = question.sealed ? 'demand' : 'bulk';
   for (let offset = from, stretch = STRETCH_BYTES_EXTENDED; offset < to && list.whole && !asked.over; ) {
     const extents = await source
-      .dirty(offset, Math.min(stretch, to - offset), lane)
+      .dirty(context, offset, Math.min(stretch, to - offset), lane)
       .catch((error: unknown) => {
         // A source without extended headers takes no longer questions.
         if (stretch === STRETCH_BYTES || !(error instanceof BlockferryError && error.code === 'bounds'))
@@ -151,10 +167,11 @@ class ChangeList {
     return !this.mixed && !this.untold;
   }
 
-  get changes(): SourceChanges {
+  /** `partly`: only of the round that is under way; who knows no other may take all for changed. */
+  changes(partly: boolean): SourceChanges {
     if (!this.whole) return { runs: null, cookie: null };
     const [runs, lately] = [this.parts.map((part) => part.runs), this.parts.map((part) => part.lately)];
-    return { runs: joined(runs), lately: joined(lately), cookie: this.#cookie };
+    return { runs: partly ? null : joined(runs), lately: joined(lately), cookie: this.#cookie };
   }
 
   inRound(cookie: number): void {

@@ -7,13 +7,14 @@
 import type { Logger } from 'pino';
 import { BlockferryError, messageOf } from '../errors.js';
 import type { Compression } from '../nbd/codec/frames.js';
+import { CHANGED, DIRTY } from '../nbd/constants.js';
 import type { ClientTlsSettings } from '../nbd/tls.js';
 import { blockAt, blocksOf } from '../volume/blocks.js';
 import type { SourceChanges, Volume } from '../volume/volume.js';
 import { Background, type BackgroundOrder } from './background.js';
 import { Fetcher } from './fetcher.js';
 import { LINK_TIMING, Link, type LinkTiming } from './link.js';
-import { CHANGES_TIMEOUT_MS, changesOf } from './pre-copy.js';
+import { CHANGES_TIMEOUT_MS, changesOf, lastChangesOf } from './pre-copy.js';
 import { Replay } from './replay.js';
 import { type HashesTiming, SourceHashes } from './seed-hashes.js';
 import { Seeder } from './seeder.js';
@@ -75,7 +76,7 @@ export class Relocation {
       sourceTimeoutMs: options.sourceTimeoutMs,
       tls: options.tls,
       compression: options.compression,
-      dirtyContext: volume.preCopy?.context ?? null,
+      dirtyContexts: contextsOf(volume.preCopy?.context),
       log: options.log,
       timing: this.#timing,
     });
@@ -176,12 +177,13 @@ export class Relocation {
     }
   }
 
-  #changes(sealed: boolean): Promise<SourceChanges> {
+  async #changes(sealed: boolean): Promise<SourceChanges> {
     const { preCopy, size, identity } = this.volume;
-    if (preCopy === null) return Promise.resolve({ runs: null, cookie: null });
+    if (preCopy === null) return { runs: null, cookie: null };
     // A guest whose first write takes over waits for a lost source as its reads do; a coordinator turns back.
     const timeoutMs = identity.current.takesOverAtWrite ? null : CHANGES_TIMEOUT_MS;
-    return changesOf(this.link, { size, context: preCopy.context, sealed, timeoutMs });
+    const question = { size, context: preCopy.context, sealed, timeoutMs };
+    return sealed ? lastChangesOf(this.link, question, preCopy.cookie) : changesOf(this.link, question);
   }
 
   /** The source began a round that ends round `from`: what it changed is dropped here, and fetched again. Repeated it changes nothing. */
@@ -242,4 +244,9 @@ export class Relocation {
       new BlockferryError('closed', `volume ${this.volume.name} was closed before its hand-off`),
     );
   }
+}
+
+function contextsOf(context: string | undefined): string[] {
+  if (context === undefined) return [];
+  return context === DIRTY ? [DIRTY, CHANGED] : [context];
 }

@@ -15,15 +15,20 @@ const STATUS_MS_MAX = 5;
 const LOOK_AFTER = 256;
 
 /**
- * Adds the extents of the request's range. Without a map every block counts as dirty. `round`: flags of every extent besides; null: it is asked what
- * changed since tracking began, in whatever round.
+ * Adds the extents of the request's range. Without a map every block counts as dirty. `round`: flags of every extent besides; null: it is asked as QEMU's
+ * bitmaps are, and told what changed since tracking began, in whatever round. `lately`: in the round that is under way alone.
  */
-export function reportDirty(request: StatusRequest, dirty: DirtyMap | null, round: number | null): void {
+export function reportDirty(
+  request: StatusRequest,
+  dirty: DirtyMap | null,
+  round: number | null,
+  lately = false,
+): void {
   const past = request.offset + request.length;
   const end = blocksOf(past);
   const untilMs = performance.now() + STATUS_MS_MAX;
   let extents = 0;
-  const stretches = dirty?.stretches(end, round === null);
+  const stretches = dirty?.stretches(end, round === null ? 'ever' : lately ? 'none' : 'told');
   for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
     const stretch = stretches?.(blockAt(at)) ?? { changed: true, earlier: false, end };
     const to = Math.min(stretch.end * BLOCK_BYTES, past);

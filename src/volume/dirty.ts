@@ -261,11 +261,12 @@ export class DirtyMap {
 
   /**
    * For ascending blocks before `end`, in one step: whether a block changed in this round, and whether in an earlier one that is told of still, and up to
-   * where the answer is the same. Each map is scanned once, however its runs lie. `ever`: earlier is any time since tracking began.
+   * where the answer is the same. Each map is scanned once, however its runs lie. `asked`: of the last round, of any
+   * time since tracking began, or nobody wants to know.
    */
   stretches(
     end: number,
-    ever = false,
+    asked: Earlier = 'told',
   ): (block: number) => { changed: boolean; earlier: boolean; end: number } {
     const scan = (map: Uint8Array): Scan => ({ map, set: false, end: 0 });
     const [changed, told, before] = [scan(this.#changed), scan(this.#told), scan(this.#before)];
@@ -278,8 +279,9 @@ export class DirtyMap {
     };
     return (block) => {
       const now = at(changed, block);
+      if (asked === 'none') return { changed: now, earlier: false, end: changed.end };
       const earlier = at(told, block);
-      if (!ever) return { changed: now, earlier, end: Math.min(changed.end, told.end) };
+      if (asked === 'told') return { changed: now, earlier, end: Math.min(changed.end, told.end) };
       const any = at(before, block) || earlier;
       return { changed: now, earlier: any, end: Math.min(changed.end, told.end, before.end) };
     };
@@ -357,6 +359,8 @@ function clear(map: Uint8Array): void {
     bit = native.nextOne(map, Math.min(bits, (page + PAGE_BYTES) * 8), bits);
   }
 }
+
+export type Earlier = 'none' | 'told' | 'ever';
 
 interface Scan {
   readonly map: Uint8Array;

@@ -2,6 +2,7 @@
 import {
   ALLOCATION_DEPTH,
   BASE_ALLOCATION,
+  CHANGED,
   DIRTY,
   DIRTY_BITMAP,
   Errno,
@@ -18,7 +19,15 @@ import { type Heat, reportHeat } from './heat.js';
 import type { BlockStore } from './store.js';
 import type { Volume } from './volume.js';
 
-const CONTEXTS = [BASE_ALLOCATION, ALLOCATION_DEPTH, HEAT, FIRST_ACCESS, DIRTY_BITMAP, DIRTY] as const;
+const CONTEXTS = [
+  BASE_ALLOCATION,
+  ALLOCATION_DEPTH,
+  HEAT,
+  FIRST_ACCESS,
+  DIRTY_BITMAP,
+  DIRTY,
+  CHANGED,
+] as const;
 
 /** The machine's disk: reads and writes as the phase allows. What it reads and writes here is the volume's heat. */
 export class GuestDevice implements BlockDevice {
@@ -186,6 +195,7 @@ function statusOf(volume: Volume, request: StatusRequest): void {
   if (context === HEAT) reportHeat(request, volume.heat);
   else if (context === DIRTY_BITMAP) reportDirty(request, volume.store.dirty, null);
   else if (context === DIRTY) reportDirty(request, volume.store.dirty, roundOf(volume));
+  else if (context === CHANGED) reportDirty(request, volume.store.dirty, roundOf(volume), true);
   else if (context === FIRST_ACCESS) reportAccessOrder(request, volume.firstAccess.told);
   else {
     volume.store.status(request);

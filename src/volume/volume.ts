@@ -43,7 +43,7 @@ export interface RoundCut {
 /** What a source says it changed, in blocks: first, end, first, end, ... Null runs: everything may have changed. */
 export interface SourceChanges {
   readonly runs: readonly number[] | null;
-  /** Of them, what changed in that round, and not only in the one before. Absent: all. */
+  /** What changed in that round, and not only in the one before. Absent: it is not told apart. */
   readonly lately?: readonly number[];
   /** The round it told of; null: it has no rounds. */
   readonly cookie: number | null;
@@ -56,13 +56,15 @@ export interface RetreatProof {
 }
 
 /**
- * Whether the list of a sealed source's round has all that matters to who knows another: the next one's has this one's as well; and the one before is all
- * there was when it was read, though a cut and its list came in between.
+ * What of a sealed source's list matters to who has the list of round `known`; null: all blocks. Of that round it is what changed in it: what changed before
+ * was dropped, and copied again. So it is of the round before, which was read when it was over, though a cut and its list came in between. The next round's
+ * list has that of this one as well.
  */
-function tellsAll(round: number | null, known: number | null): boolean {
-  if (round === known) return true;
-  if (round === null || known === null) return false;
-  return round === nextRound(known) || known === nextRound(round);
+function changesFor(known: number | null, { runs, lately, cookie }: SourceChanges): readonly number[] | null {
+  if (cookie === known) return lately ?? runs;
+  if (cookie === null || known === null) return null;
+  if (known === nextRound(cookie)) return lately ?? runs;
+  return cookie === nextRound(known) ? runs : null;
 }
 
 const REFUSED: Gate = { kind: 'refused', errno: Errno.EPERM };
@@ -381,10 +383,7 @@ export class Volume {
   #forget(changes: SourceChanges | null): void {
     const { preCopy } = this;
     if (preCopy === null) return;
-    if (changes === null || !tellsAll(changes.cookie, preCopy.cookie)) this.store.drop(null);
-    // Who knows the round has dropped what changed before it, and copied it again.
-    else if (changes.cookie === preCopy.cookie) this.store.drop(changes.lately ?? changes.runs);
-    else this.store.drop(changes.runs);
+    this.store.drop(changes === null ? null : changesFor(preCopy.cookie, changes));
   }
 
   /**

@@ -7,10 +7,10 @@ import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 import fc from 'fast-check';
 import { DIRTY } from '../../src/nbd/constants.js';
-import { type ChangesSource, changesOf } from '../../src/relocation/pre-copy.js';
+import { type ChangesSource, changesOf, lastChangesOf } from '../../src/relocation/pre-copy.js';
 import { BLOCK_BYTES, blocksOf, bytesOfBlocks } from '../../src/volume/blocks.js';
 import { GuestDevice, LinkDevice } from '../../src/volume/faces.js';
-import type { Volume } from '../../src/volume/volume.js';
+import type { SourceChanges, Volume } from '../../src/volume/volume.js';
 import { Io, patterned, until } from '../support/volume.js';
 import {
   afterKill,
@@ -89,7 +89,7 @@ class World {
   #made: (() => void)[] = [];
   #running: Promise<unknown>[] = [];
   #cut: { from: number; to: number } | null = null;
-  #changes: Awaited<ReturnType<typeof changesOf>> | null = null;
+  #changes: SourceChanges | null = null;
 
   async open(home: boolean): Promise<void> {
     this.source = this.#slow(await plainVolume(this.#sourceRoot));
@@ -158,16 +158,18 @@ class World {
   }
 
   readonly #asked: ChangesSource = {
-    dirty: async (offset, length) => {
-      const request = Io.status(DIRTY, offset, Math.min(length, 3 * BLOCK_BYTES));
+    dirty: async (context, offset, length) => {
+      const request = Io.status(context, offset, Math.min(length, 3 * BLOCK_BYTES));
       new LinkDevice(this.source).status(request);
       assert.equal(await request.done, 0);
       return request.extents.map(([bytes, flags]) => ({ length: bytes, flags }));
     },
   };
 
-  async list(sealed: boolean): Promise<Awaited<ReturnType<typeof changesOf>>> {
-    return changesOf(this.#asked, { size: SIZE, context: DIRTY, sealed });
+  async list(sealed: boolean): Promise<SourceChanges> {
+    const question = { size: SIZE, context: DIRTY, sealed };
+    if (!sealed) return changesOf(this.#asked, question);
+    return lastChangesOf(this.#asked, question, this.standby.preCopy!.cookie);
   }
 
   async take([kind, a, b]: Step): Promise<void> {

@@ -189,6 +189,7 @@ tell([listed, by_namespace, can, seen, one, errno_of(plain.block_status, 4096, 0
         'blockferry:first-access',
         'qemu:dirty-bitmap:blockferry',
         'blockferry:dirty',
+        'blockferry:changed',
       ]);
       assert.deepEqual(byNamespace, ['qemu:allocation-depth', 'qemu:dirty-bitmap:blockferry']);
       assert.deepEqual(can, [true, true, false]);

@@ -54,6 +54,7 @@ for (const state of STATES) {
             'blockferry:first-access',
             'qemu:dirty-bitmap:blockferry',
             'blockferry:dirty',
+            'blockferry:changed',
           ]);
           assert.match(description, /^blockferry volume [0-9a-f-]{36} generation 1$/);
           assert.deepEqual(facts, {

@@ -29,7 +29,7 @@ class Told implements ChangesSource {
     readonly atOnce = Number.POSITIVE_INFINITY,
   ) {}
 
-  async dirty(offset: number, length: number): Promise<Extent[] | null> {
+  async dirty(_context: string, offset: number, length: number): Promise<Extent[] | null> {
     this.asked.push([offset, length]);
     if (length > this.lengthMax) throw new BlockferryError('bounds', 'too long');
     let at = 0;
@@ -130,7 +130,7 @@ describe('a list', () => {
   test('of a very long one the gaps count as changed: too much, never too little', async () => {
     const blocks = 4 * RUNS_MAX;
     const source: ChangesSource = {
-      dirty: async (offset, length) =>
+      dirty: async (_context, offset, length) =>
         Array.from({ length: length / B }, (_, index) => ({
           length: B,
           flags: round() + ((offset / B + index) % 2 === 0 ? 1 : 0),
