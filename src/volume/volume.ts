@@ -339,11 +339,16 @@ export class Volume {
 
   // Destination side
 
-  async takeover(generation = this.generation + 1): Promise<{ generation: number }> {
+  takeover(generation = this.generation + 1): Promise<{ generation: number }> {
+    return this.#attempt(() => this.#takeoverAs(generation));
+  }
+
+  /** A takeover, or a standby that goes on as one. */
+  async #attempt<T>(takeover: () => Promise<T>): Promise<T> {
     try {
-      return await this.#takeoverAs(generation);
+      return await takeover();
     } catch (error) {
-      this.onChange?.(); // a standby that goes on as one
+      this.onChange?.();
       throw error;
     }
   }
@@ -423,12 +428,14 @@ export class Volume {
     });
   }
 
-  async #takeOverAtWrite(): Promise<void> {
-    const changes = await this.#changesAtTakeover();
-    await this.#serially(async () => {
-      if (this.phase !== 'standby') return;
-      this.#forget(changes);
-      await this.#takeOver({ generation: this.generation + 1, written: true });
+  #takeOverAtWrite(): Promise<void> {
+    return this.#attempt(async () => {
+      const changes = await this.#changesAtTakeover();
+      await this.#serially(async () => {
+        if (this.phase !== 'standby') return;
+        this.#forget(changes);
+        await this.#takeOver({ generation: this.generation + 1, written: true });
+      });
     });
   }
 
@@ -459,8 +466,8 @@ export class Volume {
       await this.store.serially(async () => {
         this.store.presence?.drop(epoch);
         this.store.epoch++;
+        this.#enter(); // in this very step: nothing that is fetched from now on may be kept
         await this.#endTracking();
-        this.#enter();
       });
       this.store.retryParked();
       return proof;

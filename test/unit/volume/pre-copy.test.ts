@@ -4,6 +4,7 @@ import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { describe, test } from 'node:test';
 import { ALLOCATION_DEPTH, Errno } from '../../../src/nbd/constants.js';
 import { LATER } from '../../../src/nbd/device.js';
+import { DirtyMap } from '../../../src/volume/dirty.js';
 import { GuestDevice } from '../../../src/volume/faces.js';
 import { readIdentity } from '../../../src/volume/identity.js';
 import { stampOfFile } from '../../../src/volume/image.js';
@@ -21,7 +22,7 @@ import {
   rewrite,
   tells,
 } from '../../support/pre-copy.js';
-import { failsWith, Io, patterned, sparseFile, turns } from '../../support/volume.js';
+import { failsWith, Io, patterned, sparseFile, turns, until } from '../../support/volume.js';
 import {
   afterKill,
   afterReboot,
@@ -32,6 +33,7 @@ import {
   reopened,
   SIZE,
   sourceOf,
+  volumeIn,
 } from '../../support/volumes.js';
 
 const B = 4096;
@@ -360,4 +362,33 @@ describe('a home standby', () => {
     await assert.rejects(proxiedVolume(root, { image, homeStamp, preCopy }), failsWith('state-mismatch'));
     assert.ok(existsSync(image));
   });
+});
+
+test('a retreat keeps nothing that is read while its dirty map goes', async (t) => {
+  const volume = await volumeIn('relocating');
+  const source = sourceOf(volume);
+  let go: (() => void) | undefined;
+  t.mock.method(DirtyMap, 'remove', () => new Promise<void>((resolve) => (go = resolve)));
+  const back = volume.retreat();
+  await until(() => go !== undefined, 'the map is about to go');
+  volume.store.read(new Io(0, B));
+  assert.deepEqual([source.demands.length, source.through.length], [0, 1]);
+  go!();
+  await back;
+  assert.deepEqual(present(volume), []);
+});
+
+test('a first write whose takeover fails leaves a standby that goes on', async () => {
+  const preCopy = { context: 'qemu:dirty-bitmap:x', cookie: null, fills: true };
+  const volume = await proxiedVolume(host(), { arrival: null, preCopy });
+  sourceOf(volume).deliver(0, 1);
+  let told = 0;
+  volume.onChange = () => {
+    told++;
+  };
+  volume.askChanges = () => Promise.reject(new Error('gone'));
+  const write = Io.write(0, patterned(B));
+  volume.store.write(write);
+  assert.notEqual(await write.done, Errno.OK);
+  assert.deepEqual([volume.phase, told], ['standby', 1]);
 });
