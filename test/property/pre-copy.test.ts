@@ -149,8 +149,10 @@ class World {
     const [begun, made] = [this.#begun, this.#made];
     if (happens && begun.length > 0) {
       const due = begun.length + made.length;
-      for (const next of begun.splice(0)) next();
-      await until(() => made.length === due, 'what threads had begun');
+      await until(() => {
+        for (const next of begun.splice(0)) next(); // to zero may begin to punch
+        return made.length >= due;
+      }, 'what threads had begun');
     }
     this.#sourceRoot = afterKill(this.#sourceRoot);
     await this.letAll(); // in the place that was left behind
