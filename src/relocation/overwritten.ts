@@ -1,16 +1,18 @@
 /**
- * Regions that the guest keeps overwriting while they are copied ahead of a takeover: what is fetched of them is stale before it is of use, so they are
- * left alone until then. Learned from the rounds' lists: changed in so many rounds in turn.
+ * Blocks that the guest keeps overwriting while they are copied ahead of a takeover: what is fetched of them is stale before it is of use, so they are
+ * left alone until then. Learned from the rounds' lists: changed in so many rounds in turn. Block by block: a guest that writes here and there changes
+ * every region in every round, and few blocks twice.
  */
-import { REGION_BLOCKS } from './order.js';
-
-/** Rounds in turn that make a region one of them. */
+/** Rounds in turn that make a unit one of them. */
 const ROUNDS_MIN = 2;
-/** Regions of a list that are remembered, at most; the others are copied as they come. */
+/** Units of a list that are remembered, at most; the others are copied as they come. */
 const REGIONS_MAX = 1 << 18;
 
 export class Overwritten {
-  /** Region -> how many rounds in turn it changed in, up to the last one. */
+  /** `unit`: blocks that are told from others. */
+  constructor(private readonly unit = 1) {}
+
+  /** Unit -> how many rounds in turn it changed in, up to the last one. */
   #rounds = new Map<number, number>();
   #skipped = 0;
 
@@ -19,8 +21,8 @@ export class Overwritten {
     const rounds = new Map<number, number>();
     this.#skipped = 0;
     for (let at = 0; at < runs.length && rounds.size < REGIONS_MAX; at += 2) {
-      const last = Math.floor((runs[at + 1]! - 1) / REGION_BLOCKS);
-      for (let region = Math.floor(runs[at]! / REGION_BLOCKS); region <= last; region++) {
+      const last = Math.floor((runs[at + 1]! - 1) / this.unit);
+      for (let region = Math.floor(runs[at]! / this.unit); region <= last; region++) {
         if (rounds.size >= REGIONS_MAX) break;
         if (rounds.has(region)) continue;
         const inTurn = (this.#rounds.get(region) ?? 0) + 1;
@@ -35,16 +37,15 @@ export class Overwritten {
   past(block: number): number {
     if (this.#skipped === 0) return block;
     let at = block;
-    for (let region = Math.floor(at / REGION_BLOCKS); this.#has(region); region++)
-      at = (region + 1) * REGION_BLOCKS;
+    for (let region = Math.floor(at / this.unit); this.#has(region); region++) at = (region + 1) * this.unit;
     return at;
   }
 
   /** The end of the blocks from `block` on, which is in none, that are in none either; at most `end`. */
   until(block: number, end: number): number {
     if (this.#skipped === 0) return end;
-    for (let region = Math.floor(block / REGION_BLOCKS) + 1; region * REGION_BLOCKS < end; region++)
-      if (this.#has(region)) return region * REGION_BLOCKS;
+    for (let region = Math.floor(block / this.unit) + 1; region * this.unit < end; region++)
+      if (this.#has(region)) return region * this.unit;
     return end;
   }
 
