@@ -4,6 +4,7 @@ import { readFileSync, statSync } from 'node:fs';
 import { mock, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
 import { Errno } from '../../../src/nbd/constants.js';
+import { WINDOW_BYTES_MAX } from '../../../src/relocation/window.js';
 import { Image } from '../../../src/volume/image.js';
 import {
   assertBlocks,
@@ -84,7 +85,7 @@ test('bytes in flight stay within the window, whatever the source does', async (
     await quiet(2);
   }
   source.release();
-  assert.ok(most <= 16 * MIB, `${most} bytes`);
+  assert.ok(most <= WINDOW_BYTES_MAX, `${most} bytes`);
   assert.ok(most > MIB, 'the window opens');
 });
 
