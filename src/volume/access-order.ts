@@ -6,12 +6,11 @@
 import { nextOne } from '../native/index.js';
 import type { StatusRequest } from '../nbd/device.js';
 import { REGION_BYTES } from './heat.js';
+import { tellExtents } from './tell-extents.js';
 
 /** Regions that have a rank, at most: 16 GiB. Of what is read later, how much it is read says more (heat). */
 export const RANKED_REGIONS_MAX = 1 << 16;
 
-/** As in extents.ts: an answer may end early, and clients ask again. */
-const STATUS_MS_MAX = 5;
 const LOOK_AFTER = 64;
 
 export class AccessOrder {
@@ -66,16 +65,12 @@ export class AccessOrder {
 
 /** Adds the extents of the request's range, from its start on and at most as many as it wants: ranks, 0 where there is none. */
 export function reportAccessOrder(request: StatusRequest, order: AccessOrder): void {
-  const past = request.offset + request.length;
-  const regionsEnd = Math.ceil(past / REGION_BYTES);
-  const untilMs = performance.now() + STATUS_MS_MAX;
-  let extents = 0;
-  for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
+  const regionsEnd = Math.ceil((request.offset + request.length) / REGION_BYTES);
+  tellExtents(request, LOOK_AFTER, (at, past) => {
     const region = Math.floor(at / REGION_BYTES);
     const next = order.has(region) ? region + 1 : order.nextRanked(region, regionsEnd);
     const end = Math.min(next * REGION_BYTES, past);
     request.extent(end - at, order.rank(region));
-    at = end;
-    if (extents % LOOK_AFTER === LOOK_AFTER - 1 && performance.now() > untilMs) return;
-  }
+    return end;
+  });
 }

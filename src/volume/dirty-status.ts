@@ -5,13 +5,12 @@
 import type { StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf } from './blocks.js';
 import type { DirtyMap } from './dirty.js';
+import { tellExtents } from './tell-extents.js';
 
 export const DirtyFlag = { CHANGED: 1, SEALED: 2, TOLD: 4 } as const;
 /** What a cookie is multiplied with in the flags. */
 export const DIRTY_COOKIE_UNIT = 8;
 
-/** As in extents.ts: an answer may end early, and clients ask again. */
-const STATUS_MS_MAX = 5;
 const LOOK_AFTER = 256;
 
 /**
@@ -24,18 +23,14 @@ export function reportDirty(
   round: number | null,
   lately = false,
 ): void {
-  const past = request.offset + request.length;
-  const end = blocksOf(past);
-  const untilMs = performance.now() + STATUS_MS_MAX;
-  let extents = 0;
+  const end = blocksOf(request.offset + request.length);
   const stretches = dirty?.stretches(end, round === null ? 'ever' : lately ? 'none' : 'told');
-  for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
+  tellExtents(request, LOOK_AFTER, (at, past) => {
     const stretch = stretches?.(blockAt(at)) ?? { changed: true, earlier: false, end };
     const to = Math.min(stretch.end * BLOCK_BYTES, past);
     request.extent(to - at, round === null ? bitmapFlags(stretch) : round + flagsOf(stretch));
-    at = to;
-    if (extents % LOOK_AFTER === LOOK_AFTER - 1 && performance.now() > untilMs) return;
-  }
+    return to;
+  });
 }
 
 interface Stretch {

@@ -4,13 +4,12 @@ import type { StatusRequest } from '../nbd/device.js';
 import { BLOCK_BYTES, blockAt, blocksOf } from './blocks.js';
 import type { Image } from './image.js';
 import type { Presence } from './presence.js';
+import { tellExtents } from './tell-extents.js';
 
 /** Depths of `qemu:allocation-depth`: in this layer, in the one behind. */
 const LOCAL = 1;
 const AT_SOURCE = 2;
 
-/** After so long an answer ends where it is, at the next multiple of LOOK_AFTER extents: others wait meanwhile, and clients ask again. */
-const STATUS_MS_MAX = 5;
 const LOOK_AFTER = 256;
 
 /**
@@ -23,11 +22,8 @@ export function reportExtents(
   presence: Presence | null,
   current = true,
 ): void {
-  const past = request.offset + request.length;
   const allocation = request.context === BASE_ALLOCATION;
-  const untilMs = performance.now() + STATUS_MS_MAX;
-  let extents = 0;
-  for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
+  tellExtents(request, LOOK_AFTER, (at, past) => {
     const local = localStretch(presence, at, past, current);
     let { end } = local;
     if (!allocation) request.extent(end - at, local.present ? LOCAL : AT_SOURCE);
@@ -38,9 +34,8 @@ export function reportExtents(
       end = stretch.end;
       request.extent(end - at, stretch.hole ? Allocation.HOLE | Allocation.ZERO : 0);
     }
-    at = end;
-    if (extents % LOOK_AFTER === LOOK_AFTER - 1 && performance.now() > untilMs) return;
-  }
+    return end;
+  });
 }
 
 function localStretch(

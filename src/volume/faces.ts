@@ -16,6 +16,7 @@ import { BLOCK_BYTES } from './blocks.js';
 import { DIRTY_COOKIE_UNIT, DirtyFlag, reportDirty } from './dirty-status.js';
 import type { FirstAccess } from './first-access.js';
 import { type Heat, reportHeat } from './heat.js';
+import { ReadOnlyFace } from './read-only-face.js';
 import type { BlockStore } from './store.js';
 import type { Volume } from './volume.js';
 
@@ -125,15 +126,15 @@ export class GuestDevice implements BlockDevice {
  * What another host's link reads: never writable, and readable also while the volume is sealed. Its sessions may outlive the volume,
  * which goes when it makes room for one that comes back.
  */
-export class LinkDevice implements BlockDevice {
+export class LinkDevice extends ReadOnlyFace implements BlockDevice {
   readonly size: number;
-  readonly readOnly = true;
   readonly multiConn = true;
   readonly preferredBlock = BLOCK_BYTES;
   readonly contexts = CONTEXTS;
   readonly #store: BlockStore;
 
   constructor(private readonly volume: Volume) {
+    super();
     this.#store = volume.store;
     this.size = volume.size;
   }
@@ -150,29 +151,9 @@ export class LinkDevice implements BlockDevice {
     return this.volume.closed ? 0 : this.#store.zeroesNow(offset, length);
   }
 
-  writeNow(): number {
-    return Errno.EPERM;
-  }
-
   read(request: IoRequest): void {
     if (this.volume.closed) request.complete(Errno.ESHUTDOWN);
     else this.#store.readLater(request);
-  }
-
-  write(request: IoRequest): void {
-    request.complete(Errno.EPERM);
-  }
-
-  flush(request: IoRequest): void {
-    request.complete(Errno.OK); // it wrote nothing
-  }
-
-  trim(request: IoRequest): void {
-    request.complete(Errno.EPERM);
-  }
-
-  zero(request: IoRequest): void {
-    request.complete(Errno.EPERM);
   }
 
   cache(request: IoRequest): void {

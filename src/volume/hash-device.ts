@@ -13,6 +13,7 @@ import { type BlockDevice, type IoRequest, LATER } from '../nbd/device.js';
 import { type Numbered, WorkerPool } from '../worker-pool.js';
 import { HASH_BYTES } from './block-hash.js';
 import { BLOCK_BYTES, bytesOfBlocks } from './blocks.js';
+import { ReadOnlyFace } from './read-only-face.js';
 import type { BlockStore } from './store.js';
 import type { Volume } from './volume.js';
 
@@ -36,9 +37,8 @@ export function hashPool(): WorkerPool<HashOrder, { hashes: Uint8Array<ArrayBuff
   return shared;
 }
 
-export class HashDevice implements BlockDevice {
+export class HashDevice extends ReadOnlyFace implements BlockDevice {
   readonly size: number;
-  readonly readOnly = true;
   readonly multiConn = true;
   readonly preferredBlock = BLOCK_BYTES;
   readonly contexts = [];
@@ -47,6 +47,7 @@ export class HashDevice implements BlockDevice {
   readonly #waiting: (() => void)[] = [];
 
   constructor(private readonly volume: Volume) {
+    super();
     this.#store = volume.store;
     this.size = volume.store.blocks * HASH_BYTES;
   }
@@ -106,26 +107,6 @@ export class HashDevice implements BlockDevice {
     return new Promise((resolve) =>
       hashPool().run({ input: content }, (done) => resolve(done === null ? Errno.EIO : done.hashes)),
     );
-  }
-
-  writeNow(): number {
-    return Errno.EPERM;
-  }
-
-  write(request: IoRequest): void {
-    request.complete(Errno.EPERM);
-  }
-
-  flush(request: IoRequest): void {
-    request.complete(Errno.OK); // it wrote nothing
-  }
-
-  trim(request: IoRequest): void {
-    request.complete(Errno.EPERM);
-  }
-
-  zero(request: IoRequest): void {
-    request.complete(Errno.EPERM);
   }
 
   cache(request: IoRequest): void {

@@ -14,6 +14,7 @@
  */
 import { nextOne } from '../native/index.js';
 import type { StatusRequest } from '../nbd/device.js';
+import { tellExtents } from './tell-extents.js';
 
 export const REGION_BYTES = 256 << 10;
 /** A count that is not raised any more is halved in this time. */
@@ -34,8 +35,6 @@ const ONES = 0x11111111;
 
 /** Extents of equal heat are cut here, but for cold ones: it bounds the steps that one takes. */
 const RUN_REGIONS_MAX = 4096;
-/** As in extents.ts: an answer may end early, and clients ask again. */
-const STATUS_MS_MAX = 5;
 const LOOK_AFTER = 64;
 
 export class Heat {
@@ -139,15 +138,11 @@ function countOf(level: number): number {
 
 /** Adds the extents of the request's range, from its start on and at most as many as it wants. */
 export function reportHeat(request: StatusRequest, heat: Heat): void {
-  const past = request.offset + request.length;
-  const regionsEnd = Math.ceil(past / REGION_BYTES);
-  const untilMs = performance.now() + STATUS_MS_MAX;
-  let extents = 0;
-  for (let at = request.offset; at < past && extents < request.extentsMax; extents++) {
+  const regionsEnd = Math.ceil((request.offset + request.length) / REGION_BYTES);
+  tellExtents(request, LOOK_AFTER, (at, past) => {
     const region = Math.floor(at / REGION_BYTES);
     const end = Math.min(heat.sameUntil(region, regionsEnd) * REGION_BYTES, past);
     request.extent(end - at, heat.status(region));
-    at = end;
-    if (extents % LOOK_AFTER === LOOK_AFTER - 1 && performance.now() > untilMs) return;
-  }
+    return end;
+  });
 }
